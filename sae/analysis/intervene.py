@@ -1,0 +1,151 @@
+"""Running the model with a dictionary in its place: splice, ablate, steer; and reading a prompt.
+
+With z the code of the activation x at a hookpoint and `edit` a change of the code,
+
+    splice:             x ← D(edit(z))
+    splice, keep_error: x ← x + D(edit(z)) − D(z)     exactly x where the edit changes nothing
+    steer:              x ← x + strength · d_k
+
+All are context managers around forwards, `generate` among them. The first position of a sequence is
+left as it is by splices: coders are trained without it (`data.mask`), and its activation is often a
+hundred times larger than others. A forward over several positions is taken for the start of its
+sequences, a forward over one position for their continuation, as `generate` does; pad on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sae.analysis.vocabulary import token_texts
+from sae.coder.latents import Latents
+from sae.stream import hookpoints
+from sae.stream.hookpoints import Hookpoint
+from sae.stream.language_model import LanguageModel
+
+CodeEdit = Callable[[Latents], Latents]
+
+
+class Coder(Protocol):
+    """A dictionary that encodes and decodes sparsely."""
+
+    W_dec: Tensor
+
+    def encode_sparse(self, x: Tensor, /) -> Latents: ...
+
+    def decode(self, latents: Latents, /) -> Tensor: ...
+
+
+class TokenLatents(NamedTuple):
+    """A token of a prompt and its strongest latents, as (latent, activation), strongest first."""
+
+    token: str
+    latents: list[tuple[int, float]]
+
+
+@contextmanager
+def splice(
+    lm: LanguageModel,
+    hookpoint: Hookpoint | str,
+    coder: Coder,
+    *,
+    keep_error: bool = False,
+    edit: CodeEdit | None = None,
+) -> Iterator[None]:
+    """Replace the activation by its reconstruction in every forward of the block.
+
+    Args:
+        keep_error: add the reconstruction error back, so that only the edit acts.
+        edit: changes the code (n, k) before it is decoded; it may not write into its argument.
+    """
+
+    def replace(activation: Tensor) -> Tensor:
+        x = activation.to(coder.W_dec.dtype).flatten(0, -2)
+        code = coder.encode_sparse(x)
+        x_hat = coder.decode(edit(code) if edit else code)
+        if keep_error:
+            x_hat = x + (x_hat - coder.decode(code))
+        return _keep_first(activation, x_hat.to(activation.dtype).reshape(activation.shape))
+
+    with hookpoints.edit(lm.module, _find(lm, hookpoint), replace):
+        yield
+
+
+@contextmanager
+def ablate(
+    lm: LanguageModel, hookpoint: Hookpoint | str, coder: Coder, latents: Sequence[int]
+) -> Iterator[None]:
+    """Set `latents` to 0 in every forward of the block; the error term stays."""
+    _check_latents(coder, latents)
+    silenced = torch.tensor(list(latents), dtype=torch.int64, device=coder.W_dec.device)
+
+    def silence(code: Latents) -> Latents:
+        is_silenced = torch.isin(code.indices, silenced)
+        return code._replace(values=code.values.masked_fill(is_silenced, 0))
+
+    with splice(lm, hookpoint, coder, keep_error=True, edit=silence):
+        yield
+
+
+@contextmanager
+def steer(
+    lm: LanguageModel, hookpoint: Hookpoint | str, coder: Coder, latent: int, strength: float
+) -> Iterator[None]:
+    """Add `strength` · d_latent at every position; strength is in units of its activation."""
+    _check_latents(coder, [latent])
+    direction = strength * coder.W_dec[latent].detach()
+
+    def push(activation: Tensor) -> Tensor:
+        return (activation + direction.to(activation.device)).to(activation.dtype)
+
+    with hookpoints.edit(lm.module, _find(lm, hookpoint), push):
+        yield
+
+
+@torch.no_grad()
+def strongest_latents(
+    coder: Coder, lm: LanguageModel, hookpoint: Hookpoint | str, text: str, n: int = 5
+) -> list[TokenLatents]:
+    """Return every token of `text` with its up to `n` strongest latents; the first token has none.
+
+    Tokens are the tokenizer's own for `text`, special ones included.
+    """
+    ids = lm.tokenizer(text, return_tensors="pt")["input_ids"].to(lm.device)
+    if ids.numel() == 0:
+        raise ValueError(f"`text` must hold at least one token; got {text!r}. Give some text.")
+    where = _find(lm, hookpoint)
+    x = hookpoints.capture(lm.module, [where], ids)[where][0]
+    code = coder.encode_sparse(x.to(coder.W_dec.dtype))
+    best = code.values.topk(min(n, code.values.shape[1]), dim=1)
+    chosen = code.indices.gather(1, best.indices).tolist()
+    texts = token_texts(lm.tokenizer, ids[0].tolist())
+    rows = [
+        [(latent, value) for latent, value in zip(*row, strict=True) if value > 0]
+        for row in zip(chosen, best.values.tolist(), strict=True)
+    ]
+    return [TokenLatents(*pair) for pair in zip(texts, [[], *rows[1:]], strict=True)]
+
+
+def _keep_first(activation: Tensor, replaced: Tensor) -> Tensor:
+    if activation.dim() < 3 or activation.shape[1] < 2:
+        return replaced
+    return torch.cat([activation[:, :1], replaced[:, 1:]], 1)
+
+
+def _find(lm: LanguageModel, hookpoint: Hookpoint | str) -> Hookpoint:
+    if isinstance(hookpoint, Hookpoint):
+        return hookpoint
+    return hookpoints.find_hookpoint(lm.module, hookpoint)
+
+
+def _check_latents(coder: Coder, latents: Sequence[int]) -> None:
+    d_sae = len(coder.W_dec)
+    wrong = [latent for latent in latents if not 0 <= latent < d_sae]
+    if wrong:
+        raise ValueError(
+            f"`latents` must be in [0, d_sae={d_sae}); got {wrong[:5]}. Give numbers below {d_sae}."
+        )

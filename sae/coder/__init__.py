@@ -1,0 +1,16 @@
+"""What a dictionary is: latents, activation functions, the coder, its losses and files."""
+
+from sae.coder.coder import SparseCoder, normalise_decoder_, project_decoder_gradient_, to_raw_units
+from sae.coder.dictionary import load_dictionary, save_dictionary
+from sae.coder.latents import Latents, from_dense
+
+__all__ = [
+    "Latents",
+    "SparseCoder",
+    "from_dense",
+    "load_dictionary",
+    "normalise_decoder_",
+    "project_decoder_gradient_",
+    "save_dictionary",
+    "to_raw_units",
+]

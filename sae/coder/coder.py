@@ -1,0 +1,158 @@
+"""A dictionary: four tensors, an activation function, and how to encode and decode with them.
+
+latents = act((x − b_dec) W_encᵀ + b_enc),   x_hat = latents W_dec + b_dec
+
+Row j of W_enc and of W_dec belongs to latent j. Losses live in `losses`, files in `dictionary`,
+starting values in `initialisation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import sae_kernels
+from sae.coder.activations import ACTIVATIONS
+from sae.coder.latents import Latents, from_dense
+from sae.config import CoderConfig
+
+DEFAULT_EXPANSION_FACTOR = 8
+
+
+class SparseCoder(nn.Module):
+    """A sparse dictionary of activations.
+
+    Attributes:
+        cfg: the resolved `CoderConfig` (d_sae is a number).
+        metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
+        W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in).
+    """
+
+    def __init__(self, d_in: int, cfg: CoderConfig, metadata: dict[str, object] | None = None):
+        super().__init__()
+        self.cfg = resolve(cfg, d_in)
+        self.d_in, self.d_sae = d_in, d_sae_of(self.cfg, d_in)
+        self.metadata: dict[str, object] = dict(metadata or {})
+        self.W_enc = nn.Parameter(torch.empty(self.d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @classmethod
+    def create(
+        cls,
+        d_in: int,
+        cfg: CoderConfig,
+        *,
+        seed: int = 0,
+        metadata: dict[str, object] | None = None,
+    ) -> SparseCoder:
+        """Return a coder at its starting point: random unit decoder rows, W_enc equal to W_dec.
+
+        Source: Gao et al. 2024, appendix A.1 (encoder initialised from the decoder).
+        """
+        coder = cls(d_in, cfg, metadata)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            rows = torch.randn(coder.d_sae, d_in, generator=generator)
+            coder.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+            coder.W_enc.copy_(coder.W_dec)
+        return coder
+
+    def encode_training(self, x: Tensor) -> Latents | Tensor:
+        """Return the code of `x` (n, d_in) in the form that is cheapest to train through."""
+        return ACTIVATIONS[self.cfg.activation].encode_training(self, x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the dense code (…, d_sae) of `x` (…, d_in)."""
+        self._check_width(x)
+        code = self.encode_training(x.reshape(-1, self.d_in))
+        dense = code.to_dense(self.d_sae) if isinstance(code, Latents) else code
+        return dense.reshape(*x.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, x: Tensor) -> Latents:
+        """Return the sparse code of `x` (…, d_in); its slots are shared by all tokens given."""
+        self._check_width(x)
+        code = self.encode_training(x.reshape(-1, self.d_in))
+        latents = code if isinstance(code, Latents) else from_dense(code)
+        return Latents(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in latents))
+
+    def decode(self, latents: Latents | Tensor) -> Tensor:
+        """Return x_hat (…, d_in) from a sparse or a dense code."""
+        if isinstance(latents, Latents):
+            return sae_kernels.sparse_decode(
+                latents.values, latents.indices, self.W_dec, self.b_dec
+            )
+        return latents @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of `x` (…, d_in)."""
+        self._check_width(x)
+        return self.decode(self.encode_training(x.reshape(-1, self.d_in))).reshape(x.shape)
+
+    def save(self, folder: str) -> None:
+        """Write the dictionary to a folder that `sae.load` and SAELens open."""
+        from sae.coder.dictionary import save_dictionary
+
+        save_dictionary(self, folder)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"`x` must have shape (…, d_in={self.d_in}); got {tuple(x.shape)}. "
+                "Read activations at the hookpoint the dictionary was trained on: "
+                f"{self.metadata.get('hook_name', 'unknown')}."
+            )
+
+
+def d_sae_of(cfg: CoderConfig, d_in: int) -> int:
+    """Return the number of latents that `cfg` means for inputs of width `d_in`."""
+    if cfg.d_sae is not None:
+        return cfg.d_sae
+    return d_in * (cfg.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+
+
+def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
+    """Return `cfg` with every derived value filled in, checked against `d_in`."""
+    d_sae = d_sae_of(cfg, d_in)
+    if cfg.activation == "topk" and cfg.k > d_sae:
+        raise ValueError(
+            f"`coder.k` must be in [1, `coder.d_sae`]; got k={cfg.k}, d_sae={d_sae}. "
+            "Lower `coder.k` or raise `coder.d_sae`."
+        )
+    k_aux = max(d_in // 2, 1) if cfg.k_aux is None else cfg.k_aux
+    return replace(cfg, d_sae=d_sae, expansion_factor=None, k_aux=min(k_aux, d_sae))
+
+
+def normalise_decoder_(coder: SparseCoder) -> None:
+    """Set every decoder row to unit norm, in place."""
+    with torch.no_grad():
+        coder.W_dec.div_(coder.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def project_decoder_gradient_(coder: SparseCoder) -> None:
+    """Remove from each row of W_dec's gradient the part along the row, which would only rescale it.
+
+    Source: Bricken et al. 2023, "Neural network training", Adam interacts with the norm constraint.
+    """
+    grad = coder.W_dec.grad
+    if grad is not None:
+        with torch.no_grad():
+            grad.addcmul_((grad * coder.W_dec).sum(1, keepdim=True), coder.W_dec, value=-1)
+
+
+def to_raw_units(coder: SparseCoder, scale: float) -> SparseCoder:
+    """Return a copy of `coder`, trained on scale · x, that works on x.
+
+    All activation functions here satisfy act(s·h) = s·act(h), so dividing both biases by the scale
+    makes the code s times smaller and leaves both weight matrices, and the unit decoder rows, as
+    they are.
+    """
+    raw = SparseCoder(coder.d_in, coder.cfg, coder.metadata)
+    raw.load_state_dict(coder.state_dict())
+    with torch.no_grad():
+        raw.b_enc.div_(scale)
+        raw.b_dec.div_(scale)
+    return raw

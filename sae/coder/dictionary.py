@@ -1,0 +1,155 @@
+"""A dictionary's folder: `cfg.json` and `sae_weights.safetensors`, in SAELens v6 layout.
+
+SAELens opens the folder as it is. What that layout cannot say (our own `CoderConfig`) stands under
+its free-form metadata. Tensors on disk are W_enc (d_in, d_sae), W_dec (d_sae, d_in): W_enc is
+transposed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae.coder.activations import ACTIVATIONS
+from sae.coder.coder import SparseCoder
+from sae.config import CoderConfig
+from sae.files import new_folder, read_json, write_json, write_tensors
+
+CFG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+OUR_KEY = "sae_coder_config"
+
+
+def save_dictionary(coder: SparseCoder, folder: str | Path) -> None:
+    """Write `coder` to `folder`, replacing a dictionary that is there.
+
+    The coder must work on raw activations (see `to_raw_units`).
+    Errors: ValueError where the folder holds something else.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CFG_FILE).exists():
+        raise ValueError(
+            f"`{folder}` must be empty or hold a dictionary; it holds other files. "
+            "Choose another folder."
+        )
+    with new_folder(folder) as beside:
+        write_dictionary_files(coder, beside)
+
+
+def write_dictionary_files(coder: SparseCoder, folder: Path) -> None:
+    """Write the two files of a dictionary into an existing folder."""
+    write_tensors(
+        folder / WEIGHTS_FILE,
+        {"W_enc": coder.W_enc.T, "W_dec": coder.W_dec, "b_enc": coder.b_enc, "b_dec": coder.b_dec},
+    )
+    write_json(folder / CFG_FILE, saelens_config(coder))
+
+
+def saelens_config(coder: SparseCoder) -> dict[str, object]:
+    """Return `cfg.json` for `coder`."""
+    architecture = ACTIVATIONS[coder.cfg.activation].saelens_architecture
+    extras = {"k": coder.cfg.k, "rescale_acts_by_decoder_norm": False}
+    return {
+        "architecture": architecture,
+        "d_in": coder.d_in,
+        "d_sae": coder.d_sae,
+        "dtype": str(coder.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **(extras if architecture == "topk" else {}),
+        "metadata": {**coder.metadata, OUR_KEY: asdict(coder.cfg)},
+    }
+
+
+def load_dictionary(folder: str | Path) -> SparseCoder:
+    """Read a dictionary folder in SAELens v6 layout, ours or SAELens' own (topk, standard).
+
+    Errors: ValueError naming the file that is missing, truncated or of another shape.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CFG_FILE)
+    tensors = read_weights(folder / WEIGHTS_FILE)
+    coder = SparseCoder(config["d_in"], coder_config(config, folder), our_metadata(config))
+    _check_shapes(coder, tensors, folder / WEIGHTS_FILE)
+    fill_(coder, config, tensors)
+    return coder
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, naming it when it is truncated."""
+    if not path.exists():
+        raise ValueError(f"`{path}` must exist; the dictionary's folder lacks it.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{path}` must be a whole safetensors file; {error}. It is truncated or damaged: "
+            "copy it again, or load an older checkpoint."
+        ) from error
+
+
+def coder_config(config: dict, folder: Path) -> CoderConfig:
+    """Return the `CoderConfig` that a `cfg.json` means."""
+    if ours := config.get("metadata", {}).get(OUR_KEY):
+        return CoderConfig(**ours)
+    names = {row.saelens_architecture: name for name, row in ACTIVATIONS.items()}
+    architecture = config.get("architecture")
+    if architecture not in names:
+        raise ValueError(
+            f"`architecture` in {folder / CFG_FILE} must be one of {sorted(names)}; "
+            f"got {architecture!r}."
+        )
+    if config.get("normalize_activations", "none") != "none":
+        raise ValueError(
+            f"`normalize_activations` in {folder / CFG_FILE} must be none; got "
+            f"{config['normalize_activations']!r}. Fold the scale into the weights with SAELens "
+            "(fold_activation_norm_scaling_factor) and save again."
+        )
+    return CoderConfig(
+        activation=names[architecture],  # pyright: ignore[reportArgumentType]
+        d_sae=config["d_sae"],
+        k=config.get("k", 1),
+    )
+
+
+def fill_(coder: SparseCoder, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into `coder`, folding what its config asks of the reader."""
+    with torch.no_grad():
+        coder.W_enc.copy_(tensors["W_enc"].T)
+        for name in ("W_dec", "b_enc", "b_dec"):
+            getattr(coder, name).copy_(tensors[name])
+        if config.get("rescale_acts_by_decoder_norm"):
+            norms = coder.W_dec.norm(dim=1)
+            coder.W_enc.mul_(norms[:, None])
+            coder.b_enc.mul_(norms)
+            coder.W_dec.div_(norms[:, None])
+        if not config.get("apply_b_dec_to_input", True):
+            # x W + b equals (x − b_dec) W + (b + W b_dec): one form serves both.
+            coder.b_enc.add_(coder.W_enc @ coder.b_dec)
+
+
+def our_metadata(config: dict) -> dict[str, object]:
+    """Return what a `cfg.json` remembers of the dictionary's origin."""
+    return {key: value for key, value in config.get("metadata", {}).items() if key != OUR_KEY}
+
+
+def _check_shapes(coder: SparseCoder, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {
+        "W_enc": (coder.d_in, coder.d_sae),
+        "W_dec": (coder.d_sae, coder.d_in),
+        "b_enc": (coder.d_sae,),
+        "b_dec": (coder.d_in,),
+    }
+    for name, shape in expected.items():
+        given = tuple(tensors[name].shape) if name in tensors else None
+        if given != shape:
+            raise ValueError(
+                f"`{name}` in {path} must have shape {shape} as {CFG_FILE} says; got {given}."
+            )

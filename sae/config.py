@@ -1,0 +1,356 @@
+"""Every setting of a run, as one tree of frozen dataclasses.
+
+The schema is the code: a field's type is what it accepts, its docstring what it means and in which
+unit, its default what is used. Precedence: defaults < YAML < command line. `__post_init__` checks
+and never assigns; `None` means "derive it", and `sae.train.run` saves the derived value with the
+run. Config is input, never state.
+
+This module imports no torch, so that `sae train --help` is instant. Reading YAML and the command
+line lives in `sae.configuration`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ActivationName = Literal["topk", "relu"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+EvalName = Literal["reconstruction", "sparsity", "downstream"]
+MaskName = Literal["bos", "first", "special"]
+TrackerName = Literal["wandb", "tensorboard"]
+
+
+def _require(condition: bool, field_name: str, rule: str, given: object, do: str) -> None:
+    """Raise the project's form of error: what must hold; what was given; what to do."""
+    if not condition:
+        raise ValueError(f"`{field_name}` {rule}; got {given!r}. {do}")
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or value > 0,
+            f"{section}.{name}",
+            "must be positive",
+            value,
+            "Give a positive value or leave it out.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model whose activations are read, and where in it."""
+
+    name: str = ""
+    """A hub id, a local folder, or `package:NAME` for a model inside an installed Python package."""
+
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model; None is the hub's default."""
+
+    hookpoint: str = ""
+    """Module path whose activations are read, such as `model.layers.8`; `*` globs; `:in` or `:out`
+    names the side (default out). Exactly one module must match."""
+
+    dtype: DtypeName = "auto"
+    """Precision of the model's weights; auto: bfloat16 where the device multiplies it natively,
+    else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text, how it becomes contexts of tokens, and which tokens count."""
+
+    source: str = ""
+    """A hub dataset id, a file or glob (.txt .jsonl .csv .parquet, .zst too), or `package:NAME`."""
+
+    subset: str | None = None
+    """The hub dataset's configuration name; for `package:` sources, a glob over its file names."""
+
+    split: str = "train"
+    """The hub dataset's split."""
+
+    text_column: str | None = None
+    """The column with the text; None takes the first of text, content, prompt that exists."""
+
+    context_size: int = 256
+    """Tokens in one context, BOS included."""
+
+    prepend_bos: bool = True
+    """Begin every context with the tokenizer's BOS token where it has one."""
+
+    mask: tuple[MaskName, ...] = ("bos", "first", "special")
+    """Tokens left out of training and evaluation: BOS, each context's first position, other special
+    tokens. Padding is always left out."""
+
+    max_norm_ratio: float | None = None
+    """Leave out tokens whose activation norm exceeds this multiple of the median norm of the first
+    activations; None keeps all."""
+
+    held_out_fraction: float = 0.02
+    """Share of documents that training never sees, chosen by a hash of their text, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.context_size >= 2,
+            "data.context_size",
+            "must be at least 2 tokens",
+            self.context_size,
+            "Use 64 to 1024.",
+        )
+        _require(
+            0 < self.held_out_fraction < 1,
+            "data.held_out_fraction",
+            "must be in (0, 1)",
+            self.held_out_fraction,
+            "Use about 0.02.",
+        )
+        _require_positive("data", self, "max_norm_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """The shuffle buffer between the language model and the coder."""
+
+    buffer_tokens: int | None = None
+    """Activations held by the shuffle buffer, in tokens a process; None: the larger of 131,072 and
+    64 contexts."""
+
+    reuse: int = 1
+    """Times each activation is handed out before it is replaced: 1 streams, more makes passes."""
+
+    refill_fraction: float = 0.5
+    """Share of the buffer replaced at a refill, in (0, 1]; 1 alternates whole buffers."""
+
+    sequences_per_forward: int = 16
+    """Contexts in one forward pass of the language model."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the buffer lives; auto: beside the coder."""
+
+    dtype: DtypeName = "auto"
+    """Precision of stored activations; auto: the model's own."""
+
+    scale: Literal["none", "mean_norm"] = "mean_norm"
+    """Scaling of inputs while training; mean_norm makes the mean norm √d_in. Saved dictionaries
+    are always in raw units."""
+
+    calibration_sequences: int = 64
+    """Contexts looked at before training for the input scale, b_dec and the norm filter; the
+    stream is not consumed by it."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "stream",
+            self,
+            "buffer_tokens",
+            "reuse",
+            "sequences_per_forward",
+            "calibration_sequences",
+        )
+        _require(
+            0 < self.refill_fraction <= 1,
+            "stream.refill_fraction",
+            "must be in (0, 1]",
+            self.refill_fraction,
+            "Use 0.5.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderConfig:
+    """The dictionary: its width, its activation function, its losses, its start."""
+
+    d_sae: int | None = None
+    """Number of latents; None: expansion_factor · d_in."""
+
+    expansion_factor: int | None = None
+    """d_sae / d_in, used where d_sae is None; None: 8."""
+
+    activation: ActivationName = "topk"
+    """The sparsifying activation function."""
+
+    k: int = 32
+    """Active latents a token (topk)."""
+
+    l1_coefficient: float = 0.1
+    """Weight of the L1 penalty on latents, each times its decoder norm (relu)."""
+
+    k_aux: int | None = None
+    """Dead latents that reconstruct the residual in AuxK (topk); None: d_in / 2; 0: no AuxK."""
+
+    aux_coefficient: float = 0.03125
+    """Weight of AuxK's share of unexplained residual."""
+
+    b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    """What b_dec starts from, computed on the calibration sample."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.d_sae is None or self.expansion_factor is None,
+            "coder.expansion_factor",
+            "must be left out where coder.d_sae is given",
+            self.expansion_factor,
+            "Give one of the two.",
+        )
+        _require_positive("coder", self, "d_sae", "expansion_factor")
+        _require(
+            self.k >= 1, "coder.k", "must be in [1, `coder.d_sae`]", self.k, "Raise `coder.k`."
+        )
+        if self.d_sae is not None and self.activation == "topk" and self.k > self.d_sae:
+            raise ValueError(
+                f"`coder.k` must be in [1, `coder.d_sae`]; got k={self.k}, d_sae={self.d_sae}. "
+                "Lower `coder.k` or raise `coder.d_sae`."
+            )
+        for name in ("l1_coefficient", "aux_coefficient", "k_aux"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 0,
+                f"coder.{name}",
+                "must not be negative",
+                value,
+                "Use 0 to turn it off.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation, and what is kept of it."""
+
+    tokens: int = 100_000_000
+    """Activations the coder is trained on, over all processes, counting each reuse."""
+
+    batch_tokens: int = 4096
+    """Activations in one optimiser step, over all processes."""
+
+    grad_accumulation_steps: int = 1
+    """Backward passes that share one optimiser step; batch_tokens is divided among them."""
+
+    lr: float | None = None
+    """Peak learning rate of Adam; None: derived from d_sae and the number of steps."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates for the first and second moment."""
+
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises linearly from 0 to lr."""
+
+    decay_fraction: float = 0.3
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
+
+    grad_clip_norm: float | None = None
+    """Largest global norm of the gradient; None does not clip."""
+
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Precision of the coder's matmuls; weights and Adam stay float32; auto: bf16 on GPUs that
+    have it."""
+
+    dead_after_tokens: int | None = None
+    """A latent is dead once it has not fired in this many tokens; None: the smaller of 10 million
+    and a tenth of `train.tokens`."""
+
+    dead_refresh_steps: int = 10
+    """Steps between updates of the list of dead latents that AuxK trains."""
+
+    log_every_steps: int = 10
+    """Steps between rows of metrics.jsonl; the only time that metrics are read from the device."""
+
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints; None: a tenth of the run."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are removed."""
+
+    resume: Literal["never", "auto"] = "never"
+    """auto continues the newest checkpoint of `run.folder` and starts anew where there is none."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "train",
+            self,
+            "tokens",
+            "batch_tokens",
+            "grad_accumulation_steps",
+            "lr",
+            "grad_clip_norm",
+            "dead_after_tokens",
+            "dead_refresh_steps",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        )
+        _require(
+            self.tokens >= self.batch_tokens,
+            "train.tokens",
+            "must be at least train.batch_tokens",
+            self.tokens,
+            "Raise it or lower `train.batch_tokens`.",
+        )
+        shares = (self.warmup_fraction, self.decay_fraction)
+        _require(
+            min(shares) >= 0 and sum(shares) <= 1,
+            "train.warmup_fraction + train.decay_fraction",
+            "must lie in [0, 1], each at least 0",
+            shares,
+            "Use 0.05 and 0.3.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What `sae eval` measures."""
+
+    evals: tuple[EvalName, ...] = ("reconstruction", "sparsity", "downstream")
+    """The evaluations to run."""
+
+    tokens: int = 65_536
+    """Held-out tokens for reconstruction and sparsity."""
+
+    downstream_tokens: int = 16_384
+    """Held-out tokens for the language model's loss with the dictionary spliced in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What `sae report` shows."""
+
+    tokens: int = 65_536
+    """Held-out tokens from which each latent's contexts are collected."""
+
+    contexts_per_latent: int = 8
+    """Strongest contexts kept for a latent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives, on what it runs, and who follows it."""
+
+    folder: str | None = None
+    """The run's folder; None: `runs/` and the name of the YAML file."""
+
+    seed: int = 0
+    """Seed of everything random: weights, order of data, buffer."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model and the coder; auto: a GPU where there is one."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    """Trackers besides metrics.jsonl, which is always written."""
+
+    wandb_project: str = "sae"
+    """The wandb project that receives the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    coder: CoderConfig = field(default_factory=CoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,173 @@
+"""Reading a `Config`: defaults, then a YAML file, then the command line.
+
+An unknown key is an error that suggests the near one. No torch here: `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from sae.config import Config
+
+
+def dotted_keys(config_type: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key of the configuration with its type: ("coder.k", int), …"""
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from dotted_keys(typing.cast(type, hint), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", hint
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, Any]:
+    """Return {"coder.k": 32, …} of a dataclass tree."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def from_flat(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """Return `base` with the dotted keys of `values` replaced, each checked against its type.
+
+    Errors: ValueError for an unknown key, TypeError for a value of another type.
+    """
+    known = dict(dotted_keys())
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(unknown_key_message(key, known))
+        _check_type(key, value, known[key])
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".", 1)
+        sections.setdefault(section, {})[name] = _as_field(value, known[key])
+    base = base or Config()
+    replaced = {
+        section: dataclasses.replace(getattr(base, section), **fields)
+        for section, fields in sections.items()
+    }
+    return dataclasses.replace(base, **replaced)
+
+
+def unknown_key_message(key: str, known: Mapping[str, Any]) -> str:
+    """Say that `key` is no setting, and which one is near."""
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    last = key.rsplit(".", 1)[-1]
+    near = [name for name in known if name.rsplit(".", 1)[-1] == last] or near
+    hint = f"Did you mean `{near[0]}`?" if near else "`sae train --help` lists them."
+    return f"every key must be a setting of the configuration; got `{key}`. {hint}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file into dotted keys.
+
+    Errors: ValueError where the file is missing, is no YAML, or is no tree of sections.
+    """
+    if not path.is_file():
+        raise ValueError(f"the configuration must be a YAML file; {path} is not there.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` must be YAML; {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"`{path}` must hold sections such as `coder:`; got {type(tree).__name__}.")
+    return dict(_leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}.")
+        elif name not in sections or value is not None:
+            yield name, value
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML, readable by `read_yaml`."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def from_command_line(arguments: Sequence[str], program: str) -> Config:
+    """Return the configuration of `[CONFIG.yaml] [--section.key value …]`.
+
+    Errors: ValueError and TypeError as `from_flat`; SystemExit for `--help` and malformed flags.
+    """
+    import tyro
+
+    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    base = from_flat(read_yaml(Path(path))) if path else Config()
+    known = dict(dotted_keys())
+    for argument in arguments[1 if path else 0 :]:
+        key = argument.split("=", 1)[0].removeprefix("--").replace("-", "_").replace(".no_", ".")
+        if argument.startswith("--") and key not in known and key != "help":
+            raise ValueError(unknown_key_message(key, known))
+    config = tyro.cli(
+        Config,
+        prog=f"{program} CONFIG.yaml",
+        description="Settings given here override the YAML file, which overrides the defaults.",
+        default=base,
+        args=list(arguments[1 if path else 0 :]),
+    )
+    if path and config.run.folder is None:
+        return from_flat({"run.folder": f"runs/{Path(path).stem}"}, config)
+    return config
+
+
+def _as_field(value: Any, hint: Any) -> Any:
+    """Return a YAML value in the field's own type: lists become tuples, ints floats."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in _members(hint):
+        return value if int in _members(hint) else float(value)
+    return value
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    if not any(_fits(value, member) for member in _members(hint)):
+        wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+        if typing.get_origin(hint) is Literal:
+            wanted = f"one of {list(typing.get_args(hint))}"
+            near = difflib.get_close_matches(str(value), map(str, typing.get_args(hint)), 1)
+            wanted += f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(f"`{key}` must be {wanted}; got {value!r} ({type(value).__name__}).")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        members = typing.get_args(hint)
+        return isinstance(value, (list, tuple)) and all(_fits(v, members[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)

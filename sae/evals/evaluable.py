@@ -1,0 +1,105 @@
+"""One face for whatever is evaluated: our coders, foreign ones, null models, plain objects.
+
+An object needs `encode` and `decode`; `encode_sparse` is used where it exists, and `d_in`, `d_sae`
+and `metadata` are read where they exist and found out where they do not. Tokens pass in chunks, so
+that a dense code never grows with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.coder.latents import Latents, from_dense
+
+DENSE_ELEMENTS = 2**25
+
+
+class Evaluable:
+    """A coder as evals see it.
+
+    Args:
+        coder: has decode, and encode or encode_sparse.
+        width: d, the width of the activations that it will be given.
+        place: what those activations are, for the message.
+
+    Errors: TypeError where the object lacks encode or decode; ValueError where its width is not
+    that of the activations.
+    """
+
+    def __init__(self, coder: Any, width: int, place: str = "the activations") -> None:
+        _require_coder(coder)
+        self.coder = coder
+        self.d_in = int(getattr(coder, "d_in", width))
+        if self.d_in != width:
+            trained_at = self.metadata.get("hook_name", "unknown")
+            raise ValueError(
+                f"the dictionary's d_in must be the width of {place}; got d_in={self.d_in}, width "
+                f"{width}. It was trained at hookpoint {trained_at}: evaluate it there."
+            )
+        self.d_sae = int(getattr(coder, "d_sae", None) or self._find_d_sae())
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the dictionary says of its origin; empty where it says nothing."""
+        return dict(getattr(self.coder, "metadata", None) or {})
+
+    @torch.no_grad()
+    def encode_decode(self, x: Tensor) -> tuple[Latents, Tensor]:
+        """Return the code and the reconstruction (n, d_in) of x (n, d_in), on x's device.
+
+        Errors: ValueError where the reconstruction holds NaN or infinity.
+        """
+        given = self._as_input(x)
+        if hasattr(self.coder, "encode_sparse"):
+            latents = self.coder.encode_sparse(given)
+            x_hat = self.coder.decode(latents)
+        else:
+            dense = self.coder.encode(given)
+            latents, x_hat = from_dense(dense), self.coder.decode(dense)
+        if not torch.isfinite(x_hat).all():
+            raise ValueError(
+                "reconstructions must be finite; the dictionary gives NaN or infinity on finite "
+                "activations. Its training diverged, or its file is damaged."
+            )
+        return Latents(*(part.to(x.device) for part in latents)), x_hat.to(x.device)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return x_hat (n, d_in) in the coder's dtype, on x's device."""
+        if len(x) == 0:
+            return x
+        return torch.cat([self.encode_decode(x[rows])[1] for rows in self.chunks(len(x))])
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        """Yield slices of n tokens, each small enough for its dense code."""
+        size = max(DENSE_ELEMENTS // self.d_sae, 16)
+        yield from (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+    def _find_d_sae(self) -> int:
+        if not hasattr(self.coder, "encode"):
+            raise TypeError(
+                "a coder with encode_sparse alone must say its `d_sae`; it has none. Add it."
+            )
+        with torch.no_grad():
+            return self.coder.encode(self._as_input(torch.zeros(1, self.d_in))).shape[-1]
+
+    def _as_input(self, x: Tensor) -> Tensor:
+        """Return x in the coder's floating dtype and on its device; float32 where it says none."""
+        parameters: Any = getattr(self.coder, "parameters", None)
+        weight = next(iter(parameters()), None) if callable(parameters) else None
+        weight = getattr(self.coder, "W_dec", None) if weight is None else weight
+        if isinstance(weight, Tensor):
+            return x.to(weight.device, weight.dtype)
+        return x if x.dtype == torch.float64 else x.float()
+
+
+def _require_coder(coder: Any) -> None:
+    has_code = hasattr(coder, "encode") or hasattr(coder, "encode_sparse")
+    if not (has_code and hasattr(coder, "decode")):
+        raise TypeError(
+            "what is evaluated must have encode (or encode_sparse) and decode; got "
+            f"{type(coder).__name__}. Load it with `sae.load`."
+        )

@@ -1,0 +1,152 @@
+"""What an eval is: a mergeable accumulator, what it is fed, and what it may answer.
+
+The one idea: an eval holds sums. `update` adds a batch, `merge` adds another accumulator of the
+same kind, `compute` divides once. But for float64 rounding the value does not depend on how tokens
+were split into batches, on their order, or on which process saw them. The rows that make evals
+known by name are in `registry`; the loop that feeds them is in `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sae.coder.latents import Latents
+from sae.stream.contexts import Contexts
+from sae.stream.hookpoints import Hookpoint
+
+if TYPE_CHECKING:
+    from sae.evals.evaluable import Evaluable
+    from sae.stream.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """The answer where a metric has no value, and why; never NaN."""
+
+    reason: str
+
+
+Value: TypeAlias = float | Undefined
+Unit: TypeAlias = Literal["number", "share", "nats", "latents"]
+
+
+class Label(NamedTuple):
+    """How a metric is shown: its name in words, its unit."""
+
+    text: str
+    unit: Unit = "number"
+
+
+@dataclass(frozen=True)
+class EvalSetup:
+    """What an accumulator must know before the first batch.
+
+    Attributes:
+        d_in, d_sae: widths of the coder.
+        seed: of everything random inside the eval, such as its bootstrap.
+        n_resamples: bootstrap draws behind an interval.
+    """
+
+    d_in: int
+    d_sae: int
+    seed: int = 0
+    n_resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Evaluated tokens with what the coder makes of them; masked tokens are not in it.
+
+    Shapes: x (n, d_in) raw activations; x_hat (n, d_in); latents (n, k) each; tokens (n) int64;
+    document_ids (n) int64.
+    """
+
+    x: Tensor
+    x_hat: Tensor
+    latents: Latents
+    tokens: Tensor
+    document_ids: Tensor
+
+
+@dataclass(frozen=True)
+class ModelBatch:
+    """Contexts on which an eval runs the language model itself.
+
+    Attributes:
+        mean: (d_in), mean of the evaluated activations, for mean ablation.
+        max_norm: tokens of larger activation norm count as masked; None keeps all.
+    """
+
+    coder: Evaluable
+    lm: LanguageModel
+    hookpoint: Hookpoint
+    contexts: Contexts
+    mean: Tensor
+    max_norm: float | None = None
+
+
+class Seen:
+    """How many tokens, and which documents, an accumulator was fed; 8 bytes a document."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._documents = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self._documents)
+
+    def update(self, document_ids: Tensor) -> None:
+        """Add one token for each of `document_ids` (n)."""
+        self.n_tokens += document_ids.numel()
+        self._add(document_ids.unique().cpu())
+
+    def merge(self, other: Seen) -> None:
+        """Add what `other` saw."""
+        self.n_tokens += other.n_tokens
+        self._add(other._documents)
+
+    def _add(self, documents: Tensor) -> None:
+        self._documents = torch.cat([self._documents, documents]).unique()
+
+
+class Accumulator(Protocol):
+    """An eval in progress. `update` takes an EvalBatch or a ModelBatch, as its row says."""
+
+    seen: Seen
+
+    def update(self, batch: Any, /) -> None:
+        """Add one batch."""
+        ...
+
+    def merge(self, other: Any, /) -> None:
+        """Add what another accumulator of this kind and setup has seen; `other` is unchanged."""
+        ...
+
+    def compute(self) -> Mapping[str, Value]:
+        """Return the flat metrics: `name`; `name/low`, `name/high` where it has an interval."""
+        ...
+
+    def arrays(self) -> Mapping[str, Tensor]:
+        """Return results that are no single numbers, by a name of their own."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """A row of the registry.
+
+    Attributes:
+        make: starts an accumulator.
+        reads: what its `update` takes: "activations" an EvalBatch, "model" a ModelBatch.
+        labels: words and unit for each of its metrics, in the order of the printed table.
+    """
+
+    make: Callable[[EvalSetup], Accumulator]
+    reads: Literal["activations", "model"]
+    labels: Mapping[str, Label]

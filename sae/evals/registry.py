@@ -1,0 +1,33 @@
+"""The evals by name. To add one: its file, a row here, its name in `config.EvalName`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import cast
+
+from sae.config import EvalName
+from sae.evals import downstream, reconstruction, sparsity
+from sae.evals.interface import EvalRow
+
+EVALS: dict[EvalName, EvalRow] = {
+    "reconstruction": EvalRow(reconstruction.Reconstruction, "activations", reconstruction.LABELS),
+    "sparsity": EvalRow(sparsity.Sparsity, "activations", sparsity.LABELS),
+    "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS),
+}
+
+
+def checked_names(names: Iterable[str]) -> tuple[EvalName, ...]:
+    """Return `names` without repeats.
+
+    Errors: ValueError for a name that is no eval, with the near one.
+    """
+    given = tuple(dict.fromkeys(names))
+    for name in given:
+        if name not in EVALS:
+            near = difflib.get_close_matches(name, EVALS, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Choose among them."
+            raise ValueError(f"every eval must be one of {list(EVALS)}; got {name!r}. {hint}")
+    if not given:
+        raise ValueError(f"at least one eval must be named; got none. Choose among {list(EVALS)}.")
+    return cast("tuple[EvalName, ...]", given)

@@ -1,0 +1,192 @@
+"""The outcome of an evaluation: a record, two files, a table.
+
+`results.json`:
+    schema       "sae.evals/1"
+    metrics      {name: number or null}, flat; `name/low` and `name/high` bound a 95% interval
+    undefined    {name: why it is null}
+    evals        {eval: {n_tokens, n_documents, seconds, metrics: [name, …]}}; n_tokens are those
+                 that count in it, so those of `downstream` are positions with a target
+    provenance   coder's metadata, d_in, d_sae, measured l0, model, hookpoint, seed, versions, …
+    arrays       name of the file beside it with what is no single number, or null
+`results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`.
+NaN and infinity are in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae.config import EvalName
+from sae.evals.interface import Label, Undefined, Unit, Value
+from sae.evals.registry import EVALS
+from sae.files import read_json, write_json, write_tensors
+
+SCHEMA = "sae.evals/1"
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """How one eval was run, and which of the flat metrics are its own."""
+
+    n_tokens: int
+    n_documents: int
+    seconds: float
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """What an evaluation found; fields as in the module's description of `results.json`."""
+
+    metrics: Mapping[str, float | None]
+    undefined: Mapping[str, str]
+    evals: Mapping[EvalName, EvalRecord]
+    provenance: Mapping[str, Any]
+    arrays: Mapping[str, Tensor]
+
+
+def collect(
+    records: Mapping[EvalName, EvalRecord],
+    metrics: Mapping[EvalName, Mapping[str, Value]],
+    arrays: Mapping[EvalName, Mapping[str, Tensor]],
+    provenance: Mapping[str, Any],
+) -> EvalResults:
+    """Join the evals' answers into one flat record.
+
+    Errors: RuntimeError where two evals use one name for a metric.
+    """
+    flat: dict[str, float | None] = {}
+    undefined: dict[str, str] = {}
+    for eval_name, values in metrics.items():
+        for name, value in values.items():
+            if name in flat:
+                raise RuntimeError(f"metric names must be unique; {eval_name} repeats {name!r}.")
+            number, reason = _number_or_reason(value)
+            flat[name] = number
+            if reason is not None:
+                undefined[name] = reason
+    named = {f"{e}/{name}": array for e, group in arrays.items() for name, array in group.items()}
+    return EvalResults(flat, undefined, records, provenance, named)
+
+
+def _number_or_reason(value: Value) -> tuple[float | None, str | None]:
+    if isinstance(value, Undefined):
+        return None, value.reason
+    if not math.isfinite(value):
+        return None, f"the eval gave {value}"
+    return float(value), None
+
+
+def write_results(results: EvalResults, path: str | Path) -> None:
+    """Write `path` (.json) and, where there are arrays, the .safetensors beside it, atomically.
+
+    The arrays come first, so that a results file never names arrays that are not there.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".safetensors")
+    if results.arrays:
+        write_tensors(beside, dict(results.arrays))
+    write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "metrics": dict(results.metrics),
+            "undefined": dict(results.undefined),
+            "evals": {name: asdict(record) for name, record in results.evals.items()},
+            "provenance": dict(results.provenance),
+            "arrays": beside.name if results.arrays else None,
+        },
+    )
+
+
+def read_results(path: str | Path) -> EvalResults:
+    """Read what `write_results` wrote.
+
+    Errors: ValueError where the file is no results file.
+    """
+    path = Path(path)
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise ValueError(
+            f"`{path}` must be results in the schema {SCHEMA!r}; it says "
+            f"{content.get('schema')!r}. Run `sae eval` again."
+        )
+    records = {
+        name: EvalRecord(**{**record, "metrics": tuple(record["metrics"])})
+        for name, record in content["evals"].items()
+    }
+    arrays = load_file(path.with_name(content["arrays"])) if content["arrays"] else {}
+    return EvalResults(
+        content["metrics"], content["undefined"], records, content["provenance"], arrays
+    )
+
+
+class TableRow(NamedTuple):
+    """A line of the printed table, ready to show.
+
+    `interval` is empty where there is none; where there is no value it says why.
+    """
+
+    group: str
+    label: str
+    value: str
+    interval: str
+    metric: str
+
+
+def table_rows(results: EvalResults) -> list[TableRow]:
+    """Return the table's lines by eval, each in its eval's order and in units for people."""
+    return [
+        _row(results, name, metric, label)
+        for name, record in results.evals.items()
+        for metric, label in _labels(name, record).items()
+        if metric in results.metrics
+    ]
+
+
+def _labels(name: EvalName, record: EvalRecord) -> dict[str, Label]:
+    """Return labels of an eval's metrics; one that has none is shown under its own name."""
+    known = dict(EVALS[name].labels) if name in EVALS else {}
+    others = (metric for metric in record.metrics if "/" not in metric)
+    return known | {metric: Label(metric) for metric in others if metric not in known}
+
+
+def _row(results: EvalResults, group: str, metric: str, label: Label) -> TableRow:
+    value = results.metrics[metric]
+    low, high = (results.metrics.get(f"{metric}/{end}") for end in ("low", "high"))
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"{_shown(low, label.unit)} … {_shown(high, label.unit)}"
+    if value is None:
+        return TableRow(group, label.text, "–", results.undefined.get(metric, ""), metric)
+    return TableRow(group, label.text, _shown(value, label.unit), interval, metric)
+
+
+def _shown(value: float, unit: Unit) -> str:
+    if unit == "share":
+        return f"{100 * value:.3g}%"
+    if unit == "nats":
+        return f"{value:.4f} nats"
+    if unit == "latents":
+        return f"{value:,.0f}"
+    is_plain = value == 0 or 1e-3 <= abs(value) < 1e5
+    return f"{value:.4f}".rstrip("0").rstrip(".") if is_plain else f"{value:.3g}"
+
+
+def plain_json(value: object) -> Any:
+    """Return a copy of `value` that JSON can hold; what it can't is written as text."""
+    text = json.dumps(value, default=_as_text)
+    return json.loads(text, parse_constant=str)
+
+
+def _as_text(value: object) -> object:
+    return value.tolist() if isinstance(value, torch.Tensor) else str(value)

@@ -1,0 +1,251 @@
+"""Evaluate a coder: feed every accumulator once, then compute.
+
+The activations of the contexts pass once through all evals that read activations, with their mean
+and L0 on the side. Evals that run the model itself follow, on the first of the same contexts: mean
+ablation needs that mean. What is evaluated, and up to which token, is in `inputs`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sae.config import EvalName
+from sae.evals.evaluable import Evaluable
+from sae.evals.inputs import Capture, ContextQueue, limited
+from sae.evals.interface import Accumulator, EvalBatch, EvalSetup, ModelBatch, Seen
+from sae.evals.provenance import versions
+from sae.evals.registry import EVALS, checked_names
+from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
+from sae.stream.contexts import CapturedContexts, Contexts
+from sae.stream.hookpoints import Hookpoint
+from sae.stream.source import require_finite
+
+if TYPE_CHECKING:
+    from sae.stream.language_model import LanguageModel
+
+Tell = Callable[[str, int, int | None], None]
+Evals = dict[EvalName, Accumulator]
+
+
+@torch.no_grad()
+def evaluate(
+    coder: Any,
+    contexts: Iterable[Contexts],
+    *,
+    lm: LanguageModel | None = None,
+    hookpoint: Hookpoint | str | None = None,
+    names: Iterable[str] | None = None,
+    tokens: int | None = None,
+    downstream_tokens: int | None = None,
+    max_norm: float | None = None,
+    seed: int = 0,
+    n_resamples: int = 1000,
+    tell: Tell = lambda *_: None,
+) -> EvalResults:
+    """Return what the evals `names` say of `coder` on `contexts`.
+
+    Args:
+        coder: anything with encode (or encode_sparse) and decode.
+        contexts: held-out contexts, read once; with activations (`CapturedContexts`, or
+            `activation_contexts(x)`) where `lm` is None.
+        lm, hookpoint: the model and where its activations are read.
+        names: rows of EVALS; None: all, without those that run the model where `lm` is None.
+        tokens: unmasked tokens to evaluate; None: all of `contexts`.
+        downstream_tokens: how many of these the evals that run the model use; None: all of them.
+        max_norm: leave out tokens of larger activation norm, in raw units.
+        seed, n_resamples: of the bootstrap.
+        tell: told (stage, unmasked tokens done, wanted or None) after every batch.
+
+    Errors: ValueError for a wrong name and a coder whose width is not the hookpoint's (before the
+    first batch), for contexts without tokens, and for activations or reconstructions that are not
+    finite.
+    """
+    names = _wanted_names(names, lm)
+    contexts, first = _peek(contexts)
+    capture = Capture(lm, hookpoint, first, max_norm)
+    ready = Evaluable(coder, capture.d_in, capture.place)
+    setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples)
+    on_activations, on_model = (_start(names, reads, setup) for reads in ("activations", "model"))
+    clock = Clock()
+
+    n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
+    queue = ContextQueue(n_model_tokens)
+    shared = Shared(ready.d_in)
+    wanted = tokens if on_activations else n_model_tokens
+    for batch in limited(contexts, wanted):
+        queue.add(batch)
+        with clock.timed("capture"):
+            captured = capture(batch)
+        _update(shared, on_activations, captured, ready, capture.place, clock)
+        tell("activations", shared.seen.n_tokens, wanted)
+    shared.require_tokens()
+
+    if lm is not None and capture.hookpoint is not None:
+        make_batch = partial(
+            ModelBatch,
+            coder=ready,
+            lm=lm,
+            hookpoint=capture.hookpoint,
+            mean=shared.mean,
+            max_norm=max_norm,
+        )
+        _run_model_evals(on_model, make_batch, queue, clock, tell)
+
+    origin = _origin(ready, capture, shared, setup, clock)
+    return _results(on_activations | on_model, clock, origin)
+
+
+class Clock:
+    """Seconds spent, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's time to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Shared:
+    """What every result carries: the tokens seen, their mean activation (d_in), their L0."""
+
+    def __init__(self, d_in: int) -> None:
+        self.seen = Seen()
+        self._sum = torch.zeros(d_in, dtype=torch.float64)
+        self._n_active = 0
+
+    def update(self, batch: EvalBatch) -> None:
+        """Add n tokens."""
+        self.seen.update(batch.document_ids)
+        self._sum += batch.x.sum(0, dtype=torch.float64).cpu()
+        self._n_active += int(batch.latents.l0().sum())
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / max(self.seen.n_tokens, 1)
+
+    @property
+    def l0(self) -> float:
+        return self._n_active / max(self.seen.n_tokens, 1)
+
+    def require_tokens(self) -> None:
+        """Refuse to compute from nothing."""
+        if self.seen.n_tokens == 0:
+            raise ValueError(
+                "the contexts must hold tokens that are not masked; there were none. Give more "
+                "text, or mask fewer tokens (`data.mask`, `data.max_norm_ratio`)."
+            )
+
+
+def _peek(contexts: Iterable[Contexts]) -> tuple[Iterator[Contexts], Contexts]:
+    batches = iter(contexts)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the contexts must hold tokens; there were none. Give more text.")
+    return chain([first], batches), first
+
+
+def _start(names: tuple[EvalName, ...], reads: str, setup: EvalSetup) -> Evals:
+    return {name: EVALS[name].make(setup) for name in names if EVALS[name].reads == reads}
+
+
+def _update(
+    shared: Shared,
+    evals: Evals,
+    captured: CapturedContexts,
+    coder: Evaluable,
+    place: str,
+    clock: Clock,
+) -> None:
+    """Encode a batch's unmasked tokens once, in chunks, and feed them to every eval."""
+    x = captured.activations
+    is_kept = captured.is_kept.to(x.device)
+    tokens, document_ids = (
+        part.to(x.device)[is_kept] for part in (captured.tokens, captured.document_ids)
+    )
+    x = x[is_kept] if x.dtype == torch.float64 else x[is_kept].float()
+    require_finite(x, place, "of an evaluated batch")
+    for rows in coder.chunks(len(x)):
+        with clock.timed("coder"):
+            latents, x_hat = coder.encode_decode(x[rows])
+        batch = EvalBatch(x[rows], x_hat, latents, tokens[rows], document_ids[rows])
+        shared.update(batch)
+        for name, accumulator in evals.items():
+            with clock.timed(name):
+                accumulator.update(batch)
+
+
+def _run_model_evals(
+    evals: Evals,
+    make_batch: Callable[..., ModelBatch],
+    queue: ContextQueue,
+    clock: Clock,
+    tell: Tell,
+) -> None:
+    for name, accumulator in evals.items():
+        n_done = 0
+        for contexts in queue.contexts:
+            with clock.timed(name):
+                accumulator.update(make_batch(contexts=contexts))
+            n_done += int(contexts.is_kept.sum())
+            tell(name, n_done, queue.n_tokens)
+
+
+def _results(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResults:
+    records, metrics, arrays = {}, {}, {}
+    for name, accumulator in evals.items():
+        with clock.timed(name):
+            metrics[name], arrays[name] = accumulator.compute(), accumulator.arrays()
+        seen = accumulator.seen
+        keys = tuple(metrics[name])
+        records[name] = EvalRecord(seen.n_tokens, seen.n_documents, clock.seconds[name], keys)
+    return collect(records, metrics, arrays, origin)
+
+
+def _origin(
+    coder: Evaluable, capture: Capture, shared: Shared, setup: EvalSetup, clock: Clock
+) -> dict[str, Any]:
+    """Return what the numbers were made from and with."""
+    lm = capture.lm
+    return {
+        "coder": plain_json(coder.metadata),
+        "d_in": coder.d_in,
+        "d_sae": coder.d_sae,
+        "l0": shared.l0,
+        "model": None if lm is None else lm.name,
+        "model_dtype": None if lm is None else str(lm.dtype).removeprefix("torch."),
+        "hookpoint": None if capture.hookpoint is None else str(capture.hookpoint),
+        "max_norm": capture.max_norm,
+        "n_tokens": shared.seen.n_tokens,
+        "n_documents": shared.seen.n_documents,
+        "seed": setup.seed,
+        "n_resamples": setup.n_resamples,
+        "seconds": {name: clock.seconds.get(name, 0.0) for name in ("capture", "coder")},
+        **versions(),
+    }
+
+
+def _wanted_names(names: Iterable[str] | None, lm: object) -> tuple[EvalName, ...]:
+    if names is None:
+        return tuple(name for name, row in EVALS.items() if lm is not None or row.reads != "model")
+    wanted = checked_names(names)
+    for name in wanted:
+        if EVALS[name].reads == "model" and lm is None:
+            raise ValueError(
+                f"the eval {name!r} runs the language model; none was given. Give `lm` and "
+                "`hookpoint`, or leave it out."
+            )
+    return wanted

@@ -1,0 +1,215 @@
+"""Activations that already exist: tensors, arrays, files, iterators of batches.
+
+What fits in memory or lies in a memory-mapped file is shuffled anew each epoch, its order a pure
+function of (seed, epoch). An iterator is taken in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sae.stream.source import SourceState, require_finite
+
+CALIBRATION_ROWS = 16_384
+
+
+def open_source(activations: Any, *, seed: int = 0, rank: int = 0, world_size: int = 1):
+    """Return an `ActivationSource` over a tensor, an array, a path or an iterator of batches.
+
+    Args:
+        activations: (n, d_in) tensor or array; a path to .npy, .safetensors (one tensor, or the one
+            named `activations`) or a folder of such files; or an iterable of (n, d_in) batches.
+
+    Errors: ValueError or TypeError for what is none of these, is empty, or has other axes.
+    """
+    if isinstance(activations, (str, Path)):
+        return ArraySource(read_rows(Path(activations)), str(activations), seed, rank, world_size)
+    if isinstance(activations, Tensor):
+        return ArraySource(activations, "activations", seed, rank, world_size)
+    if isinstance(activations, np.ndarray) or hasattr(activations, "__array__"):
+        rows = torch.from_numpy(np.asarray(activations))
+        return ArraySource(rows, "activations", seed, rank, world_size)
+    if isinstance(activations, Iterable):
+        if world_size > 1:
+            raise ValueError(
+                "`activations` must be a tensor, an array or a path when several processes train; "
+                "got an iterator, which cannot be divided. Save it to a .npy file."
+            )
+        return IteratorSource(iter(activations))
+    raise TypeError(
+        "`activations` must be a tensor, an array, a path or an iterator of (n, d_in) batches; "
+        f"got {type(activations).__name__}."
+    )
+
+
+class ArraySource:
+    """Rows of one (n, d_in) tensor, shuffled anew each epoch; an `ActivationSource`."""
+
+    def __init__(self, rows: Tensor, name: str, seed: int, rank: int = 0, world_size: int = 1):
+        require_matrix(rows, name)
+        self.rows, self.name, self.d_in = rows, name, rows.shape[1]
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch, self.position = 0, 0
+        self._order = self._permutation()
+        if rows.is_cuda:  # once for all: a check per batch would make every step wait
+            require_finite(rows, name, "of the data")
+
+    def warm_up(self, _tell: Callable[[int, int], None]) -> None:
+        """Do nothing: the rows are there."""
+
+    def next_batch(self, n: int) -> Tensor:
+        """Return the next n rows, (n, d_in)."""
+        parts = []
+        while n > 0:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._permutation()
+            taken = self._order[self.position : self.position + n]
+            parts.append(self.rows[taken])
+            self.position += len(taken)
+            n -= len(taken)
+        batch = torch.cat(parts)
+        if not batch.is_cuda:
+            require_finite(batch, self.name, "of one batch")
+        return batch
+
+    def calibration_sample(self) -> Tensor:
+        """Return up to 16,384 rows spread over the data."""
+        step = max(1, len(self.rows) // CALIBRATION_ROWS)
+        sample = self.rows[::step][:CALIBRATION_ROWS].float()
+        require_finite(sample, self.name, "of the calibration sample")
+        return sample
+
+    def state(self) -> SourceState:
+        """Return the place in the data."""
+        return SourceState({"epoch": self.epoch, "position": self.position})
+
+    def load_state(self, state: SourceState) -> None:
+        """Continue bit for bit from a saved place."""
+        self.epoch, self.position = state.position["epoch"], state.position["position"]
+        self._order = self._permutation()
+
+    def metadata(self) -> dict[str, object]:
+        """Return where the rows came from."""
+        return {"hook_name": self.name}
+
+    def _permutation(self) -> Tensor:
+        """Return this process's rows of the epoch: every world_size-th of one global order."""
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (self.epoch + 1))
+        return torch.randperm(len(self.rows), generator=generator)[
+            self.rank :: self.world_size
+        ].to(self.rows.device)
+
+
+class IteratorSource:
+    """Batches from an iterator, in its own order; an `ActivationSource` that cannot be resumed."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self.name, self.batches = "activations", batches
+        self.pending = self._pull()
+        self.d_in = self.pending.shape[1]
+
+    def warm_up(self, _tell: Callable[[int, int], None]) -> None:
+        """Do nothing: the rows are there."""
+
+    def next_batch(self, n: int) -> Tensor:
+        """Return the next n rows, (n, d_in).
+
+        Errors: ValueError where the iterator ends early.
+        """
+        while len(self.pending) < n:
+            self.pending = torch.cat([self.pending, self._pull()])
+        batch, self.pending = self.pending[:n], self.pending[n:]
+        return batch
+
+    def calibration_sample(self) -> Tensor:
+        """Return the first rows, which stay in line to be trained on."""
+        return self.pending[:CALIBRATION_ROWS].float()
+
+    def state(self) -> SourceState:
+        """Refuse: an iterator's place cannot be saved."""
+        raise ValueError(
+            "checkpoints need activations that can be read again; got an iterator. "
+            "Give a tensor, an array or a path, or train without `folder`."
+        )
+
+    def load_state(self, state: SourceState) -> None:
+        """Refuse, as `state` does."""
+        self.state()
+
+    def metadata(self) -> dict[str, object]:
+        """Return nothing: an iterator has no origin."""
+        return {}
+
+    def _pull(self) -> Tensor:
+        rows = torch.as_tensor(self._next())
+        require_matrix(rows, self.name)
+        require_finite(rows, self.name, "of one batch")
+        return rows
+
+    def _next(self) -> Any:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise ValueError(
+                "the iterator of activations must last for `tokens` rows; it ended early. "
+                "Lower `tokens`, or give an iterator that begins anew."
+            ) from None
+
+
+def require_matrix(rows: Tensor, name: str) -> None:
+    """Refuse what is not a non-empty floating (n, d_in) matrix."""
+    if rows.ndim != 2 or 0 in rows.shape or not rows.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be a floating-point matrix of shape (n, d_in), n and d_in at least 1; "
+            f"got shape {tuple(rows.shape)}, {rows.dtype}. Reshape it so that each row is one "
+            "activation."
+        )
+
+
+def read_rows(path: Path) -> Tensor:
+    """Read (n, d_in) rows from a .npy or .safetensors file, or a folder of them, in name order.
+
+    A .npy file is memory-mapped. Pickled arrays are refused.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in READERS)
+        if not files:
+            raise ValueError(f"`{path}` must hold {' or '.join(READERS)} files; it holds none.")
+        return torch.cat([read_rows(file) for file in files])
+    if not path.exists():
+        raise ValueError(f"`activations` must be a path that exists; {path} is not there.")
+    if path.suffix not in READERS:
+        raise ValueError(f"`activations` must be one of {list(READERS)}; got {path.name}.")
+    try:
+        return READERS[path.suffix](path)
+    except ValueError as error:
+        raise ValueError(f"`{path}` must be a readable {path.suffix} file; {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"`{path}` must be a whole {path.suffix} file; {error}. It is damaged."
+        ) from error
+
+
+def _read_npy(path: Path) -> Tensor:
+    # Copy-on-write: torch wants writable memory, and nothing here writes.
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        name = "activations" if "activations" in names else names[0]
+        if len(names) > 1 and name != "activations":
+            raise ValueError(f"it holds {names[:5]}; name one `activations`.")
+        return file.get_tensor(name)
+
+
+READERS = {".npy": _read_npy, ".safetensors": _read_safetensors}

@@ -1,0 +1,58 @@
+"""Which latents are dead: those that have not fired in the last `dead_after_tokens` tokens.
+
+The counters live on the device and no step reads them. The list that AuxK trains is made anew
+every few steps, between steps, so its length is known on the host and may be zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.coder import Latents
+from sae.train.distributed import max_over_ranks
+
+DEAD_LISTED_PER_K_AUX = 4
+
+
+class DeadLatents:
+    """Count tokens since each latent fired.
+
+    Attributes:
+        last_fired_at: (d_sae) int64, the number of tokens seen, over all processes, when each
+            latent last fired. indices: (n_dead) int64, the list made by the last `refresh`.
+    """
+
+    def __init__(self, d_sae: int, *, dead_after_tokens: int, k_aux: int, device: torch.device):
+        self.dead_after_tokens = dead_after_tokens
+        self.max_listed = DEAD_LISTED_PER_K_AUX * k_aux
+        self.last_fired_at = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.indices = torch.empty(0, dtype=torch.int64, device=device)
+
+    def update(self, code: Latents | Tensor, tokens_seen: int) -> None:
+        """Note which latents fired in a batch, after which `tokens_seen` tokens were seen."""
+        self.last_fired_at.masked_fill_(fired(code, len(self.last_fired_at)), tokens_seen)
+
+    def refresh(self, tokens_seen: int) -> None:
+        """Make the list anew: the longest dead first, at most 4 k_aux of them."""
+        max_over_ranks(self.last_fired_at)
+        is_dead = self._is_dead(tokens_seen)
+        dead = is_dead.nonzero().squeeze(1)
+        longest = torch.argsort(self.last_fired_at[dead], stable=True)[: self.max_listed]
+        self.indices = dead[longest].sort().values
+
+    def share(self, tokens_seen: int) -> Tensor:
+        """Return the share of latents that are dead, a scalar on the device."""
+        return self._is_dead(tokens_seen).double().mean()
+
+    def _is_dead(self, tokens_seen: int) -> Tensor:
+        return tokens_seen - self.last_fired_at >= self.dead_after_tokens
+
+
+def fired(code: Latents | Tensor, d_sae: int) -> Tensor:
+    """Return which latents fired at least once in a batch, (d_sae) bool, without a host sync."""
+    if isinstance(code, Latents):
+        counts = torch.zeros(d_sae, device=code.values.device)
+        is_active = (code.values.detach() != 0).float().flatten()
+        return counts.scatter_add_(0, code.indices.flatten(), is_active) > 0
+    return (code.detach() != 0).any(0)

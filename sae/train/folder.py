@@ -1,0 +1,111 @@
+"""The run folder: what it holds, and that it is never taken for another run's.
+
+config.yaml (resolved) · env.json · metrics.jsonl · checkpoints/ · final/ · what eval and report add.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from sae.config import Config
+from sae.configuration import flatten, from_flat, read_yaml, to_yaml
+from sae.files import write_json, write_text
+
+CONFIG_FILE = "config.yaml"
+# What may differ between a run and its continuation: nothing that changes the numbers.
+MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
+MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "triton", "numpy")
+
+
+def read_run_config(folder: Path) -> Config:
+    """Return the resolved configuration that a run folder holds.
+
+    Errors: ValueError where it holds none.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder that "
+            "`sae train` printed."
+        )
+    return from_flat(read_yaml(folder / CONFIG_FILE))
+
+
+def require_free(folder: Path, cfg: Config) -> None:
+    """Refuse a folder that holds another run, or anything else, before work starts."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"`run.folder` must be new, empty or a run; {folder} holds other files. "
+            "Choose another folder."
+        )
+    if cfg.train.resume == "never":
+        raise ValueError(
+            f"`run.folder` must be new or empty; {folder} already holds a run. Give "
+            "`--train.resume auto` to continue it, or another `--run.folder`."
+        )
+
+
+def require_same(folder: Path, cfg: Config) -> None:
+    """Refuse to continue a run under settings that would make it another run."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    before, now = flatten(read_run_config(folder)), flatten(cfg)
+    changed = [key for key in now if before[key] != now[key] and not _may_differ(key)]
+    if changed:
+        listed = "; ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed)
+        raise ValueError(
+            f"`run.folder` must hold the same run to be resumed; in {folder} {listed}. "
+            "Give the same settings, or another `--run.folder`."
+        )
+
+
+def write_run_files(folder: Path, cfg: Config, device: torch.device, n_processes: int) -> None:
+    """Write `config.yaml` and `env.json`."""
+    write_text(folder / CONFIG_FILE, to_yaml(cfg))
+    write_json(folder / "env.json", environment(device, n_processes))
+
+
+def environment(device: torch.device, n_processes: int) -> dict[str, object]:
+    """Return what a run ran on: versions, device, commit of the working directory."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in ("sae", *PACKAGES)},
+        "device": f"{device.type} {name}".strip(),
+        "threads": torch.get_num_threads(),
+        "processes": n_processes,
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _may_differ(key: str) -> bool:
+    return key in MAY_DIFFER or key.startswith(MAY_DIFFER_PREFIXES)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

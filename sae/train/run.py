@@ -1,0 +1,117 @@
+"""A whole run from its configuration: check, load, resolve, train, save.
+
+Everything that can be refused is refused here, before the first step and, where possible, before
+the model's weights load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from sae.coder import save_dictionary
+from sae.coder.coder import resolve as resolve_coder
+from sae.config import Config
+from sae.stream.documents import open_documents
+from sae.stream.hookpoints import find_hookpoint
+from sae.stream.language_model import load_language_model
+from sae.stream.live import LanguageModelSource, buffer_tokens
+from sae.stream.tokens import ContextStream
+from sae.train import schedule
+from sae.train.checkpoint import checkpoints, verify
+from sae.train.distributed import make_accelerator
+from sae.train.folder import require_free, require_same, write_run_files
+from sae.train.trainer import train_coder
+
+
+def run(cfg: Config) -> Path:
+    """Train as `cfg` says and return the run's folder; its `final/` holds the dictionary."""
+    require_complete(cfg)
+    accelerator = make_accelerator(cfg.run, cfg.train)
+    folder = Path(cfg.run.folder or "runs/run")
+    if accelerator.is_main_process:
+        require_free(folder, cfg)
+    accelerator.wait_for_everyone()
+    source = open_language_model_source(cfg, accelerator)
+    cfg = resolve(cfg, source.d_in, folder, accelerator.device)
+    resume_from = prepare_folder(cfg, folder, accelerator)
+    coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
+    if accelerator.is_main_process:
+        save_dictionary(coder, folder / "final")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def require_complete(cfg: Config) -> None:
+    """Refuse a configuration that lacks what only the user can know."""
+    needed = {
+        "model.name": (cfg.model.name, "the model, a hub id or a folder"),
+        "model.hookpoint": (cfg.model.hookpoint, "the module to read, such as model.layers.8"),
+        "data.source": (cfg.data.source, "the text, a hub id or a file"),
+    }
+    for key, (value, meaning) in needed.items():
+        if not value:
+            raise ValueError(
+                f"`{key}` must name {meaning}; it is empty. Set it in the YAML file or with --{key}."
+            )
+
+
+def open_language_model_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
+    """Open text and model of `cfg` for this process."""
+    documents = open_documents(cfg.data)
+    lm = load_language_model(cfg.model, accelerator.device)
+    hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+
+    def make_contexts() -> ContextStream:
+        return ContextStream(
+            documents,
+            lm.tokenizer,
+            cfg.data,
+            part="train",
+            seed=cfg.run.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    return LanguageModelSource(
+        lm,
+        hookpoint,
+        make_contexts,
+        cfg.stream,
+        context_size=cfg.data.context_size,
+        seed=cfg.run.seed * 1009 + rank,
+        device=accelerator.device,
+        max_norm_ratio=cfg.data.max_norm_ratio,
+    )
+
+
+def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -> Config:
+    """Return `cfg` with every derived value filled in: what is saved with the run."""
+    coder = resolve_coder(cfg.coder, d_in)
+    assert coder.d_sae is not None
+    return replace(
+        cfg,
+        coder=coder,
+        train=schedule.resolve(cfg.train, coder.d_sae, device),
+        stream=replace(
+            cfg.stream, buffer_tokens=buffer_tokens(cfg.stream, cfg.data.context_size)
+        ),
+        run=replace(cfg.run, folder=str(folder) if folder else None),
+    )
+
+
+def prepare_folder(cfg: Config, folder: Path, accelerator: Accelerator) -> Path | None:
+    """Write the run's files and return the checkpoint to continue from, if there is one."""
+    if accelerator.is_main_process:
+        require_same(folder, cfg)
+        write_run_files(folder, cfg, accelerator.device, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    saved = checkpoints(folder)
+    if not saved:
+        return None
+    verify(saved[-1])
+    return saved[-1]

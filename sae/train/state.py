@@ -1,0 +1,95 @@
+"""Everything of a run that must survive a kill, in one place.
+
+`tensors` and `scalars` name it; `checkpoint` writes and reads them. The source's own state is
+written beside them, by each process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.coder import SparseCoder
+from sae.stream.source import ActivationSource
+from sae.train.dead import DeadLatents
+from sae.train.metrics import MetricSums
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was estimated before the first step.
+
+    scale: factor that the coder's inputs are multiplied by. variance: mean squared distance of
+    scaled activations from their mean. centre: (d_in), b_dec's start, in scaled units.
+    """
+
+    scale: float
+    variance: float
+    centre: Tensor
+
+
+@dataclass
+class TrainState:
+    """The loop's state: a finished step more is all that one turn of the loop adds to it."""
+
+    coder: SparseCoder
+    optimizer: torch.optim.Adam
+    dead: DeadLatents
+    metrics: MetricSums
+    source: ActivationSource
+    calibration: Calibration
+    step: int = 0
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the part of the state that is plain numbers."""
+        return {
+            "step": self.step,
+            "scale": self.calibration.scale,
+            "variance": self.calibration.variance,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the part of the state that is tensors, by name; live tensors, not copies."""
+        return {
+            **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
+            **dict(self._adam_tensors()),
+            **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
+            "centre": self.calibration.centre,
+            "dead.last_fired_at": self.dead.last_fired_at,
+            "dead.indices": self.dead.indices,
+        }
+
+    def load_(self, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take over a saved state, in place."""
+        self.step = scalars["step"]
+        self.calibration = replace(
+            self.calibration, scale=scalars["scale"], variance=scalars["variance"]
+        )
+        self._make_adam_state()
+        device = self.dead.indices.device
+        self.dead.indices = tensors["dead.indices"].to(device)
+        for name, value in self.tensors().items():
+            if name != "dead.indices":
+                value.copy_(tensors[name])
+
+    def _adam_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        names = {id(p): name for name, p in self.coder.named_parameters()}
+        for parameter, slots in self.optimizer.state.items():
+            for slot, value in slots.items():
+                yield f"adam.{names[id(parameter)]}.{slot}", value
+
+    def _make_adam_state(self) -> None:
+        """Let Adam make its (empty) moments, by a step that changes nothing."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

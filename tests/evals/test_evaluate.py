@@ -1,0 +1,227 @@
+"""`evaluate` from end to end: what it accepts, refuses, writes and shows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from eval_stand_ins import FunctionCoder, assert_same
+
+from sae.coder import SparseCoder
+from sae.config import CoderConfig
+from sae.evals import (
+    EVALS,
+    activation_contexts,
+    evaluate,
+    read_results,
+    table_rows,
+    write_results,
+)
+from sae.evals.inputs import limited, rows_of
+from sae.stream.hookpoints import capture
+
+D = 32
+
+
+@pytest.fixture
+def coder():
+    cfg = CoderConfig(d_sae=64, k=8)
+    return SparseCoder.create(D, cfg, metadata={"hook_name": "model.layers.1"})
+
+
+@pytest.fixture
+def results(coder, lm, hookpoint, contexts):
+    return evaluate(coder, [contexts], lm=lm, hookpoint=hookpoint, n_resamples=50)
+
+
+def gaussian(n: int = 300, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def test_all_evals_answer_with_l0_and_provenance_beside(results, contexts):
+    assert set(results.evals) == set(EVALS)
+    assert results.metrics["l0"] == results.provenance["l0"] == 8
+    assert results.provenance["hookpoint"] == "model.layers.1"
+    assert results.evals["sparsity"].n_tokens == int(contexts.is_kept.sum())
+    assert results.evals["downstream"].n_tokens == 24 * 10
+    assert results.evals["downstream"].n_documents == 24
+    assert results.metrics["fvu/low"] < results.metrics["fvu"] < results.metrics["fvu/high"]
+    assert all(record.seconds > 0 for record in results.evals.values())
+
+
+def test_numbers_are_those_of_the_captured_activations(results, coder, lm, hookpoint, contexts):
+    x = capture(lm.module, [hookpoint], contexts.tokens)[hookpoint][contexts.is_kept]
+    with torch.no_grad():
+        error = (x - coder(x)).double().pow(2).sum()
+    fvu = error / (x.double() - x.double().mean(0)).pow(2).sum()
+    assert results.metrics["fvu"] == pytest.approx(float(fvu), rel=1e-6)
+
+
+def test_batch_size_changes_nothing(results, coder, lm, contexts):
+    batches = [rows_of(contexts, slice(start, start + 5)) for start in (0, 5, 10)]
+    other = evaluate(coder, batches, lm=lm, hookpoint="model.layers.1", n_resamples=50)
+    assert other.undefined == results.undefined
+    defined = {n: v for n, v in results.metrics.items() if v is not None}
+    assert_same({n: other.metrics[n] for n in defined}, defined, rel=1e-4)
+
+
+def test_token_limits_hold_whatever_the_batch_size(contexts):
+    for size in (1, 5, 12):
+        batches = [rows_of(contexts, slice(i, i + size)) for i in range(0, 12, size)]
+        for wanted, n_rows in ((1, 1), (44, 2), (45, 3), (10**6, 12), (None, 12)):
+            parts = list(limited(batches, wanted))
+            assert sum(len(part.tokens) for part in parts) == n_rows
+    assert list(limited([contexts], 0)) == []
+
+
+def test_downstream_tokens_bounds_only_the_model(coder, lm, hookpoint, contexts):
+    found = evaluate(
+        coder, [contexts], lm=lm, hookpoint=hookpoint, tokens=110, downstream_tokens=40
+    )
+    assert found.evals["reconstruction"].n_tokens == 110
+    assert found.evals["downstream"].n_tokens == 40
+    alone = evaluate(
+        coder, [contexts], lm=lm, hookpoint=hookpoint, names=["downstream"], downstream_tokens=40
+    )
+    assert alone.provenance["n_tokens"] == 44
+    assert set(alone.evals) == {"downstream"}
+
+
+def test_progress_is_told(coder, lm, hookpoint, contexts):
+    told = []
+    batches = [rows_of(contexts, slice(0, 6)), rows_of(contexts, slice(6, 12))]
+    evaluate(
+        coder, batches, lm=lm, hookpoint=hookpoint, tell=lambda *args: told.append(args), tokens=264
+    )
+    assert told == [
+        ("activations", 132, 264),
+        ("activations", 264, 264),
+        ("downstream", 132, 264),
+        ("downstream", 264, 264),
+    ]
+
+
+def test_activations_without_a_language_model(coder):
+    x = gaussian()
+    found = evaluate(coder, activation_contexts([x[:100], x[100:]]))
+    assert set(found.evals) == {"reconstruction", "sparsity"}
+    assert found.evals["reconstruction"].n_documents == 300
+    ids = [torch.zeros(100, dtype=torch.long), torch.ones(200, dtype=torch.long)]
+    grouped = evaluate(coder, activation_contexts([x[:100], x[100:]], ids))
+    assert grouped.evals["reconstruction"].n_documents == 2
+    assert grouped.metrics["fvu/low"] is None
+    assert "8 documents" in grouped.undefined["fvu/low"]
+
+
+def test_max_norm_leaves_tokens_out(coder):
+    x = gaussian()
+    x[::3] *= 100
+    found = evaluate(coder, activation_contexts([x]), max_norm=50.0)
+    assert found.provenance["n_tokens"] == 200
+
+
+def test_anything_with_encode_and_decode(contexts, lm, hookpoint):
+    found = evaluate(FunctionCoder(lambda x: x), [contexts], lm=lm, hookpoint=hookpoint)
+    assert found.metrics["fvu"] == 0
+    assert found.metrics["delta_ce"] == 0
+    assert found.provenance["d_sae"] == D
+    with pytest.raises(TypeError, match="encode"):
+        evaluate(object(), activation_contexts([gaussian()]))
+
+
+def test_wrong_width_is_refused_before_any_batch(lm, hookpoint, contexts):
+    wrong = SparseCoder.create(16, CoderConfig(d_sae=32, k=4), metadata={"hook_name": "there"})
+
+    def batches():
+        yield contexts
+        raise AssertionError("a second batch was read")
+
+    with pytest.raises(ValueError, match=r"model\.layers\.1.*d_in=16, width 32.*there"):
+        evaluate(wrong, batches(), lm=lm, hookpoint=hookpoint)
+
+
+def test_typo_suggests_the_near_eval(coder):
+    with pytest.raises(ValueError, match=r"got 'sparcity'. Did you mean 'sparsity'\?"):
+        evaluate(coder, activation_contexts([gaussian()]), names=["sparcity"])
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate(coder, activation_contexts([gaussian()]), names=[])
+
+
+def test_model_evals_ask_for_a_model(coder, lm, contexts):
+    with pytest.raises(ValueError, match="'downstream' runs the language model"):
+        evaluate(coder, activation_contexts([gaussian()]), names=["downstream"])
+    with pytest.raises(ValueError, match="bring their activations"):
+        evaluate(coder, [contexts])
+    with pytest.raises(ValueError, match="`hookpoint` must say"):
+        evaluate(coder, [contexts], lm=lm)
+
+
+def test_no_tokens_is_an_error(coder, lm, hookpoint, contexts):
+    with pytest.raises(ValueError, match="there were none"):
+        evaluate(coder, [], lm=lm, hookpoint=hookpoint)
+    masked = rows_of(contexts, slice(0, 1))
+    masked.is_kept.zero_()
+    try:
+        with pytest.raises(ValueError, match="not masked"):
+            evaluate(coder, [masked], lm=lm, hookpoint=hookpoint)
+    finally:
+        masked.is_kept.copy_(masked.tokens != 0)
+
+
+def test_nan_is_an_error_that_names_its_place(coder):
+    x = gaussian()
+    x[7, 3] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        evaluate(coder, activation_contexts([x]))
+    broken = FunctionCoder(lambda x: x / 0)
+    with pytest.raises(ValueError, match="reconstructions must be finite"):
+        evaluate(broken, activation_contexts([gaussian()]))
+
+
+def test_dead_dictionary_has_no_nan(coder, lm, hookpoint, contexts, tmp_path):
+    with torch.no_grad():
+        coder.b_enc.fill_(-1e6)
+    found = evaluate(coder, [contexts], lm=lm, hookpoint=hookpoint)
+    assert found.metrics["dead"] == 1
+    write_results(found, tmp_path / "results.json")
+
+
+def test_results_survive_the_file(results, tmp_path):
+    path = tmp_path / "run" / "results.json"
+    write_results(results, path)
+    again = read_results(path)
+    assert again.metrics == results.metrics
+    assert again.undefined == results.undefined
+    assert again.evals == results.evals
+    assert again.provenance == results.provenance
+    assert again.arrays.keys() == results.arrays.keys()
+    for name, array in results.arrays.items():
+        assert torch.equal(again.arrays[name], array)
+    assert {p.name for p in path.parent.iterdir()} == {"results.json", "results.safetensors"}
+    text = path.read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["schema"] == "sae.evals/1"
+
+
+def test_other_files_are_no_results(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="schema"):
+        read_results(path)
+
+
+def test_every_metric_is_in_the_table_in_units_for_people(results):
+    rows = {row.metric: row for row in table_rows(results)}
+    assert set(rows) == {name for name in results.metrics if "/" not in name}
+    assert rows["dead"].value.endswith("%")
+    assert rows["ce_clean"].value.endswith(" nats")
+    assert "…" in rows["fvu"].interval
+    assert rows["rate_under_1e-5"].value == "–"
+    assert "300,000 tokens" in rows["rate_under_1e-5"].interval
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_every_eval_labels_every_metric(name, results):
+    own = {metric for metric in results.evals[name].metrics if "/" not in metric}
+    assert own == set(EVALS[name].labels)

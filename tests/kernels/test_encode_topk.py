@@ -1,0 +1,273 @@
+"""encode_topk: values, selection, every gradient, the memory bound, autocast."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import (
+    HALF,
+    Case,
+    assert_obeys_law,
+    each_case,
+    each_dtype,
+    ignore_dynamo_deprecation,
+    outputs_and_gradients,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sae_kernels
+from sae_kernels import encode
+
+
+def draw(case: Case, generator: torch.Generator) -> list[Tensor]:
+    """x, W_enc, b_enc, b_dec in float64; `hub` and `few` bias which latents win."""
+    shapes = [(case.n, case.d), (case.d_sae, case.d), (case.d_sae,), (case.d,)]
+    x, W_enc, b_enc, b_dec = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes
+    )
+    if case.firing == "hub":
+        b_enc[0] += 40
+    if case.firing == "few":
+        b_enc[2 * case.k :] -= 400
+    return [x, W_enc, b_enc, b_dec]
+
+
+def values_in_fixed_order(x, W_enc, b_enc, b_dec=None, *, chosen: list[Tensor], **options):
+    """encode_topk's values, those of the latents `chosen[0]` (set by the first call) in order.
+
+    Rounding can swap near-equal winners, so the forms are compared on the same latents.
+    """
+    values, indices = sae_kernels.encode_topk(x, W_enc, b_enc, b_dec, **options)
+    dense = values.new_zeros(x.shape[0], W_enc.shape[0]).scatter(1, indices, values)
+    chosen.append(indices)
+    return dense.gather(1, chosen[0].sort(1)[0])
+
+
+@each_case
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_obeys_the_law(case: Case, dtype: torch.dtype, relu: bool, generator) -> None:
+    rounded = [tensor.to(dtype) for tensor in draw(case, generator)]
+    chosen: list[Tensor] = []
+    op = partial(values_in_fixed_order, chosen=chosen, k=case.k, relu=relu)
+    exact = outputs_and_gradients(partial(op, impl="reference"), [t.double() for t in rounded])
+    eager = outputs_and_gradients(partial(op, impl="reference"), rounded)
+    fast = outputs_and_gradients(partial(op, chunk_tokens=7), rounded)
+    assert all(torch.equal(c.sort(1)[0], chosen[0].sort(1)[0]) for c in chosen)
+    assert_obeys_law(fast, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("firing", ["few", "hub"])
+def test_half_precision_obeys_the_law(dtype: torch.dtype, firing: str, generator) -> None:
+    """k = every latent that can win, so that rounding cannot change the selection."""
+    case = Case(n=30, d=16, d_sae=60, k=6, firing=firing)
+    x, W_enc, b_enc, b_dec = draw(case, generator)
+    b_enc[:] = -1000.0
+    b_enc[: case.k] = 3.0
+    rounded = [tensor.to(dtype) for tensor in (x, W_enc, b_enc, b_dec)]
+    op = partial(values_in_fixed_order, chosen=[], k=case.k, relu=False)
+    exact = outputs_and_gradients(partial(op, impl="reference"), [t.double() for t in rounded])
+    eager = outputs_and_gradients(partial(op, impl="reference"), rounded)
+    assert_obeys_law(outputs_and_gradients(op, rounded), eager, exact)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("n_inputs", [3, 4])
+def test_gradcheck(impl, relu: bool, n_inputs: int, generator) -> None:
+    inputs = draw(Case(n=4, d=3, d_sae=9, k=5), generator)[:n_inputs]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def op(*given: Tensor) -> Tensor:
+        return sae_kernels.encode_topk(*given, k=5, relu=relu, impl=impl)[0]
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+def test_relu_stops_values_and_gradients_below_zero(generator) -> None:
+    x, W_enc, b_enc, _ = draw(Case(n=6, d=4, d_sae=10, k=3), generator)
+    b_enc = (b_enc - 1000).requires_grad_()
+    values, _ = sae_kernels.encode_topk(x, W_enc, b_enc, k=3)
+    assert (values == 0).all()
+    values.sum().backward()
+    assert b_enc.grad is not None
+    assert (b_enc.grad == 0).all()
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_alone(wanted: int, generator) -> None:
+    """What else needs a gradient changes nothing; what needs none gets none."""
+    inputs = draw(Case(n=12, d=5, d_sae=30, k=4), generator)
+    op = partial(values_in_fixed_order, chosen=[], k=4)
+    together = outputs_and_gradients(op, inputs)
+    inputs[wanted].requires_grad_()
+    weights = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)).double()
+    (op(*inputs) * weights).sum().backward()
+    assert [tensor.grad is not None for tensor in inputs] == [i == wanted for i in range(4)]
+    torch.testing.assert_close(inputs[wanted].grad, together[1 + wanted])
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (0, 3)])
+def test_leading_shapes_and_strides(leading: tuple[int, ...], generator) -> None:
+    x = torch.randn(*leading, 10, generator=generator)[..., ::2]
+    W_enc = torch.randn(5, 300, generator=generator).T
+    values, indices = sae_kernels.encode_topk(x, W_enc, torch.zeros(300), k=4, relu=False)
+    assert values.shape == indices.shape == (*leading, 4)
+    pre_acts = x @ W_enc.T
+    torch.testing.assert_close(pre_acts.gather(-1, indices), values)
+    torch.testing.assert_close(values.sort(-1, descending=True)[0], pre_acts.topk(4)[0])
+
+
+def test_indices_are_not_differentiable(generator) -> None:
+    inputs = [t.requires_grad_() for t in draw(Case(n=3, d=4, d_sae=9, k=2), generator)]
+    values, indices = sae_kernels.encode_topk(*inputs, k=2)
+    assert values.requires_grad
+    assert not indices.requires_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any op returned while it was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return found
+
+
+def step(inputs: list[Tensor], W_dec: Tensor, **options) -> None:
+    values, indices = sae_kernels.encode_topk(*inputs, k=4, **options)
+    x_hat = sae_kernels.sparse_decode(values, indices, W_dec, impl=options.get("impl", "auto"))
+    x_hat.square().sum().backward()
+
+
+def largest_in_step(monkeypatch, **options) -> int:
+    """Elements of the largest tensor in a training step, custom ops opened up.
+
+    Inside a custom op the dispatch mode is off, so the launchers' Python bodies run in its place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [t.float().requires_grad_() for t in draw(Case(256, 8, 512, 4), generator)]
+    W_dec = torch.randn(512, 8, generator=generator, requires_grad=True)
+    modules = [encode, sae_kernels.decode, sae_kernels.encoder_grad]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.library.CustomOpDef):  # type: ignore[attr-defined]
+                monkeypatch.setattr(module, name, value._init_fn)
+    with LargestTensor() as seen:
+        step(inputs, W_dec, **options)
+    return seen.numel
+
+
+def test_memory_is_bounded(monkeypatch) -> None:
+    n, d_sae, d, k = 256, 512, 8, 4
+    assert largest_in_step(monkeypatch, impl="reference") >= n * d_sae
+    # A chunk, the weights and (n, d) are smaller than (n·k, d), which must not appear either.
+    weights, chunk = d_sae * d, 8 * d_sae
+    assert largest_in_step(monkeypatch, chunk_tokens=8) <= max(weights, chunk)
+    assert chunk < n * k * d < n * d_sae
+    monkeypatch.setattr(encode, "CPU_BUFFER_BYTES", chunk * 4)
+    assert largest_in_step(monkeypatch) <= max(weights, chunk)
+
+
+def test_chunks_are_balanced_and_within_the_bound() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert encode._chunk_tokens(4096, 4608, torch.float32, cpu) == 2048
+    assert encode._chunk_tokens(8192, 131_072, torch.bfloat16, gpu) == 8192
+    assert encode._chunk_tokens(10, 2**30, torch.float32, cpu) == 1
+    assert encode._chunk_tokens(0, 4608, torch.float32, cpu) == 1
+
+
+def test_autocast(generator) -> None:
+    inputs = [t.float().requires_grad_() for t in draw(Case(20, 16, 400, 5), generator)]
+    for impl in ("auto", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            values, indices = sae_kernels.encode_topk(*inputs, k=5, relu=False, impl=impl)
+        assert values.dtype == torch.float32
+        assert torch.equal(values, values.bfloat16().float())  # the matmul ran in bfloat16
+        x, W_enc, b_enc, b_dec = inputs
+        exact = (x - b_dec) @ W_enc.T + b_enc
+        torch.testing.assert_close(values, exact.gather(1, indices), rtol=0.02, atol=0.2)
+
+
+def test_autocast_gradients_are_full_precision(generator) -> None:
+    """Also when backward runs inside autocast: the sums stay float32, as without it."""
+    inputs = [t.float().requires_grad_() for t in draw(Case(20, 16, 400, 5), generator)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, indices = sae_kernels.encode_topk(*inputs, k=5, relu=False)
+        values.sum().backward()
+    x, W_enc, _, b_dec = (tensor.detach() for tensor in inputs)
+    ones = torch.ones_like(values)
+    reference = sae_kernels.sparse_encoder_grad_reference
+    expected_W, expected_b = reference(ones, indices, x - b_dec, 400)
+    expected_x = W_enc[indices].sum(1)
+    expected = [expected_x, expected_W, expected_b, -expected_x.sum(0)]
+    for given, want in zip(inputs, expected, strict=True):
+        assert given.grad is not None
+        assert given.grad.dtype == torch.float32
+        torch.testing.assert_close(given.grad, want, rtol=1e-5, atol=1e-4)
+
+
+@each_dtype
+def test_values_dtype_without_autocast(dtype: torch.dtype, generator) -> None:
+    inputs = [t.to(dtype) for t in draw(Case(6, 4, 20, 3), generator)]
+    for impl in ("auto", "reference"):
+        assert sae_kernels.encode_topk(*inputs, k=3, impl=impl)[0].dtype == dtype
+
+
+def test_bitwise_reproducible(generator) -> None:
+    inputs = [t.float() for t in draw(Case(300, 16, 600, 6, firing="hub"), generator)]
+    op = partial(values_in_fixed_order, chosen=[], k=6)
+    once, again = outputs_and_gradients(op, inputs), outputs_and_gradients(op, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_opcheck(generator) -> None:
+    x, W_enc, b_enc, b_dec = (t.float() for t in draw(Case(9, 4, 300, 3), generator))
+    for bias, dtype in [(b_dec, torch.float32), (None, torch.bfloat16)]:
+        torch.library.opcheck(encode.encode_rows, (x, W_enc, b_enc, bias, 3, True, 4, dtype))
+
+
+@ignore_dynamo_deprecation
+def test_compiles_with_gradients(generator) -> None:
+    inputs = draw(Case(9, 4, 300, 3), generator)
+
+    def loss(x, W_enc, b_enc, b_dec) -> Tensor:
+        values, indices = sae_kernels.encode_topk(x, W_enc, b_enc, b_dec, k=3, chunk_tokens=4)
+        return (sae_kernels.sparse_decode(values, indices, W_enc, b_dec) - x).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(loss, inputs)
+    for ours, theirs in zip(outputs_and_gradients(compiled, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_errors() -> None:
+    op, x, W, b = sae_kernels.encode_topk, torch.zeros(4, 3), torch.zeros(32, 3), torch.zeros(32)
+    with pytest.raises(ValueError, match=r"`k` must be in \[1, d_sae\]; got k=64, d_sae=32"):
+        op(x, W, b, k=64)
+    with pytest.raises(
+        ValueError, match=r"`W_enc` must have shape \(d_sae, d_in=3\); got \(3, 32\)"
+    ):
+        op(x, W.T, b, k=2)
+    with pytest.raises(ValueError, match=r"`b_enc` must have shape \(d_sae=32\); got \(3,\)"):
+        op(x, W, b[:3], k=2)
+    with pytest.raises(ValueError, match=r"`b_dec` must have shape \(d_in=3\); got \(32,\)"):
+        op(x, W, b, b, k=2)
+    with pytest.raises(ValueError, match="`chunk_tokens` must be at least 1; got 0"):
+        op(x, W, b, k=2, chunk_tokens=0)
+    with pytest.raises(TypeError, match=r"`x` must be floating point; got torch\.int64"):
+        op(x.long(), W, b, k=2)
+    with pytest.raises(ValueError, match=r"must share one device; got .*b_enc on meta"):
+        op(x, W, b.to("meta"), k=2)
+    with pytest.raises(RuntimeError, match="`encode_topk` has none yet"):
+        op(x, W, b, k=2, impl="triton")

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae.config import DataConfig
+from sae.stream.documents import (
+    LocalDocuments,
+    StreamedDocuments,
+    is_held_out,
+    open_documents,
+    visit_part,
+)
+
+TEXTS = ["one\nline", "  ", "zwei, mit Komma", "", "x" * 200_000]
+KEPT = [text for text in TEXTS if text.strip()]
+
+
+def _write_txt(path: Path) -> None:
+    path.write_text("\n\n\n".join(TEXTS), encoding="utf-8")
+
+
+def _write_jsonl(path: Path) -> None:
+    rows = [json.dumps({"id": 1, "content": text}) for text in [*TEXTS, None]]
+    path.write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+
+
+def _write_csv(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["prompt", "target"], *([text, 1] for text in TEXTS)])
+
+
+def _write_parquet(path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [*TEXTS, None], "id": range(6)}), path)
+
+
+WRITERS = {
+    ".txt": _write_txt,
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
+
+
+def open_texts(source: object, **options: Any) -> list[str]:
+    documents = open_documents(DataConfig(source=str(source), **options))
+    assert isinstance(documents, LocalDocuments)
+    return list(documents.texts)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_files_of_each_format(tmp_path: Path, suffix: str) -> None:
+    limit = csv.field_size_limit()
+    WRITERS[suffix](tmp_path / f"a{suffix}")
+    assert open_texts(tmp_path / f"a{suffix}") == KEPT
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    plain = tmp_path / f"a{suffix}"
+    WRITERS[suffix](plain)
+    packed = tmp_path / f"b{suffix}.zst"
+    packed.write_bytes(zstandard.compress(plain.read_bytes()))
+    assert open_texts(packed) == KEPT
+
+
+def test_a_glob_reads_all_its_files_in_order(tmp_path: Path) -> None:
+    for name in "cab":
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n\n{name}2")
+    assert open_texts(tmp_path / "*.txt") == ["a1", "a2", "b1", "b2", "c1", "c2"]
+
+
+def test_text_column_is_taken_where_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "b", "text": "t"}')
+    assert open_texts(path) == ["t"]
+    assert open_texts(path, text_column="body") == ["b"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_missing_column_lists_those_there(tmp_path: Path, suffix: str) -> None:
+    WRITERS[suffix](tmp_path / f"a{suffix}")
+    with pytest.raises(ValueError, match=r"`data\.text_column`.*'body'.*(text|content|prompt)"):
+        open_texts(tmp_path / f"a{suffix}", text_column="body")
+
+
+def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "saved"))
+    documents = open_documents(DataConfig(source=str(tmp_path / "saved")))
+    visited = [document.text for document in documents.visit(seed=0, epoch=0)]
+    assert sorted(visited) == sorted(KEPT)
+    with pytest.raises(ValueError, match=r"`data\.split`.*'test'.*train"):
+        open_documents(DataConfig(source=str(tmp_path / "saved"), split="test"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text"', "a.jsonl.*JSONDecodeError"),
+        ("a.jsonl", b'{"text": 3}', "line 1.*holds int, not text"),
+        ("a.jsonl", b"[1]", "holds list"),
+        ("a.txt", b"\xff\xfe\xff", "a.txt.*UnicodeDecodeError"),
+        ("a.parquet", b"PAR1", "a.parquet.*Arrow"),
+        ("a.txt", b" \n\n \n", "at least one document"),
+        ("a.csv", b"", r"`data\.text_column`"),
+        ("a.pdf", b"%PDF", r"must end in \.txt"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_texts(tmp_path / name)
+
+
+def test_truncated_zst(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.compress(json.dumps({"text": "a" * 9}).encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(b"junk" + packed)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst.*ZstdError"):
+        open_texts(tmp_path / "a.jsonl.zst")
+
+
+@pytest.mark.parametrize("source", ["", "no/such/file.jsonl", "nothing-*.txt", "./folder/x"])
+def test_bad_sources(source: str) -> None:
+    with pytest.raises(ValueError, match=r"`data\.source`"):
+        open_documents(DataConfig(source=source))
+
+
+def test_a_folder_without_dataset_suggests_a_glob(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\*\.jsonl"):
+        open_documents(DataConfig(source=str(tmp_path)))
+
+
+class _HubRows:
+    """Stands in for a streaming `datasets` iterable of two files."""
+
+    def __init__(self, files: list[list[str]]) -> None:
+        self.files = files
+
+    def shuffle(self, *, seed: int, buffer_size: int) -> _HubRows:
+        assert buffer_size == 1
+        return _HubRows(self.files[:: -1 if seed % 2 else 1])
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return ({"content": text} for file in self.files for text in file)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ConnectionError("no route"), RuntimeError, "hub could not be reached.*no route"),
+        (FileNotFoundError("doesn't exist"), ValueError, "must name a dataset.*doesn't exist"),
+        (ValueError("Config name is missing"), ValueError, r"`data\.subset`.*Config name"),
+    ],
+)
+def test_hub_errors(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(kind, match=message):
+        open_documents(DataConfig(source="someone/texts"))
+
+
+def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(*args: object, **options: object) -> _HubRows:
+        asked.append((args, options))
+        return _HubRows([["a", "", "b"], ["c", "d", "e"]])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    documents = open_documents(DataConfig(source="someone/texts", subset="en", split="test"))
+    assert asked == [(("someone/texts", "en"), {"split": "test", "streaming": True})]
+    assert isinstance(documents, StreamedDocuments)
+    assert {d.text for d in documents.visit(seed=0, epoch=0)} == set("abcde")
+
+
+def _local(n: int) -> LocalDocuments:
+    return LocalDocuments([f"text {i}" for i in range(n)], "texts")
+
+
+def _streamed(n: int) -> StreamedDocuments:
+    texts = [f"text {i}" for i in range(n)]
+    return StreamedDocuments(_HubRows([texts[: n // 2], texts[n // 2 :]]), "content", "texts")
+
+
+@pytest.mark.parametrize("make", [_local, _streamed])
+@given(
+    n=st.integers(0, 40),
+    world_size=st.integers(1, 5),
+    start=st.integers(0, 45),
+    epoch=st.integers(0, 3),
+)
+def test_ranks_share_each_epoch_without_overlap_or_loss(
+    make: Callable[[int], Any], n: int, world_size: int, start: int, epoch: int
+) -> None:
+    documents = make(n)
+    whole = list(documents.visit(seed=3, epoch=epoch))
+    assert sorted(d.text for d in whole) == sorted(f"text {i}" for i in range(n))
+    shares = [
+        list(documents.visit(seed=3, epoch=epoch, start=start, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert sorted((d for share in shares for d in share), key=lambda d: d.place) == whole[start:]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_order_is_fixed_by_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return [d.index for d in _local(50).visit(seed=seed, epoch=epoch)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(*key)) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}) == 4
+    assert order(0, 0) != sorted(order(0, 0))
+
+
+@given(texts=st.lists(st.text(max_size=5)), fraction=st.floats(0.01, 0.99))
+def test_train_and_held_out_are_disjoint_and_complete(texts: list[str], fraction: float) -> None:
+    documents = LocalDocuments(texts, "texts")
+    train, held_out = (
+        [d.text for d in visit_part(documents, part, fraction, seed=0, epoch=0)]
+        for part in ("train", "held_out")
+    )
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(text for text in texts if text.strip())
+
+
+def test_held_out_share_is_the_fraction() -> None:
+    share = sum(is_held_out(f"text {i}", 0.1) for i in range(20_000)) / 20_000
+    assert share == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 20_000) ** 0.5)
+
+
+@given(text=st.text(), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_a_larger_fraction_only_adds_held_out_documents(text: str, a: float, b: float) -> None:
+    assert is_held_out(text, min(a, b)) <= is_held_out(text, max(a, b))

@@ -1,0 +1,135 @@
+"""The configuration: its keys, its precedence, its errors."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sae.config
+from sae.config import CoderConfig, Config, DataConfig, StreamConfig, TrainConfig
+from sae.configuration import (
+    dotted_keys,
+    flatten,
+    from_command_line,
+    from_flat,
+    read_yaml,
+    to_yaml,
+)
+
+KEYS_FILE = Path(__file__).parent / "config_keys.txt"
+
+
+def test_keys_are_the_checked_in_list():
+    """A new setting is a visible change: add it to config_keys.txt."""
+    assert [key for key, _ in dotted_keys()] == KEYS_FILE.read_text().split()
+
+
+def test_every_field_has_a_docstring():
+    tree = ast.parse(inspect.getsource(sae.config))
+    for node in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"]:
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
+                assert len(str(text)) > 20, f"{node.name}.{ast.unparse(field.target)}"
+
+
+def test_config_is_frozen():
+    with pytest.raises(AttributeError):
+        Config().coder.k = 3  # pyright: ignore
+
+
+def test_defaults_then_yaml_then_command_line(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("coder:\n  k: 5\n  d_sae: 100\ntrain: {lr: 1}\ndata:\n  mask: [bos]\n")
+    cfg = from_command_line([str(path), "--coder.k", "7", "--train.resume", "auto"], "sae train")
+    assert (cfg.coder.k, cfg.coder.d_sae, cfg.train.resume) == (7, 100, "auto")
+    assert cfg.train.lr == 1.0
+    assert isinstance(cfg.train.lr, float)
+    assert cfg.data.mask == ("bos",)
+    assert cfg.train.batch_tokens == TrainConfig().batch_tokens
+    assert cfg.run.folder == "runs/mine"
+
+
+def test_yaml_round_trip():
+    cfg = from_flat({"coder.k": 3, "data.mask": ["bos", "first"], "train.adam_betas": [0.5, 0.9]})
+    path_text = to_yaml(cfg)
+    assert "betas" in path_text
+    import yaml
+
+    from sae.configuration import _leaves
+
+    assert from_flat(dict(_leaves(yaml.safe_load(path_text)))) == cfg
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"coder.kk": 1}, ValueError, r"got `coder.kk`. Did you mean `coder.k`"),
+        ({"coder.activaton": "topk"}, ValueError, "Did you mean `coder.activation`"),
+        ({"k": 1}, ValueError, "Did you mean `coder.k`"),
+        ({"coder.k": 1.5}, TypeError, r"`coder.k` must be int; got 1.5"),
+        ({"coder.k": True}, TypeError, "must be int"),
+        ({"coder.activation": "topc"}, TypeError, r"did you mean 'topk'"),
+        ({"coder.k": 64, "coder.d_sae": 32}, ValueError, r"got k=64, d_sae=32. Lower `coder.k`"),
+        ({"coder.k": 0}, ValueError, r"`coder.k` must be in \[1"),
+        ({"coder.d_sae": 8, "coder.expansion_factor": 2, "coder.k": 1}, ValueError, "one of the"),
+        ({"train.tokens": 10, "train.batch_tokens": 20}, ValueError, "at least train.batch_tokens"),
+        ({"train.warmup_fraction": 0.9, "train.decay_fraction": 0.5}, ValueError, "lie in"),
+        ({"train.lr": -1.0}, ValueError, "`train.lr` must be positive"),
+        ({"data.held_out_fraction": 0.0}, ValueError, "held_out_fraction"),
+        ({"data.context_size": 1}, ValueError, "at least 2"),
+        ({"stream.refill_fraction": 1.5}, ValueError, "refill_fraction"),
+        ({"stream.reuse": 0}, ValueError, "`stream.reuse` must be positive"),
+    ],
+)
+def test_bad_settings(values: dict, kind: type[Exception], message: str):
+    with pytest.raises(kind, match=message):
+        from_flat(values)
+
+
+def test_bad_yaml(tmp_path: Path):
+    with pytest.raises(ValueError, match="is not there"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, ")
+    with pytest.raises(ValueError, match="must be YAML"):
+        read_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must hold sections"):
+        read_yaml(tmp_path / "list.yaml")
+
+
+def test_command_line_suggests_the_near_key():
+    with pytest.raises(ValueError, match="Did you mean `coder.d_sae`"):
+        from_command_line(["--coder.d_see", "3"], "sae train")
+
+
+def test_flag_forms():
+    cfg = from_command_line(["--data.no-prepend-bos", "--coder.d-sae=64"], "sae train")
+    assert cfg.data.prepend_bos is False
+    assert cfg.coder.d_sae == 64
+
+
+def test_flatten_names_every_key():
+    assert list(flatten(Config())) == [key for key, _ in dotted_keys()]
+
+
+def test_sections_validate_on_their_own():
+    for make in (CoderConfig, DataConfig, StreamConfig, TrainConfig):
+        make()
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from sae.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "--coder.k INT" in done.stdout

@@ -1,0 +1,167 @@
+"""`sae.fit`: a dictionary of any activations, by the same trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sae
+from sae.stream.source import NonFiniteActivationsError
+
+QUICK = {"d_sae": 48, "k": 2, "batch_tokens": 256, "progress": False}
+
+
+def fvu(coder: sae.SparseCoder, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((x - coder(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+
+
+def test_fit_learns_and_works_on_raw_activations(activations: torch.Tensor, tmp_path: Path):
+    coder = sae.fit(activations, tokens=120_000, **QUICK)
+    assert fvu(coder, activations) < 0.1
+    assert fvu(coder, activations) < 0.5 * fvu(
+        sae.fit(activations, tokens=2_000, **QUICK), activations
+    )
+    torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(48))
+    coder.save(str(tmp_path / "d"))
+    assert torch.equal(sae.load(tmp_path / "d")(activations), coder(activations))
+
+
+def test_relu_fits_too(activations: torch.Tensor):
+    coder = sae.fit(
+        activations, tokens=120_000, activation="relu", l1_coefficient=0.02, lr=3e-3, **QUICK
+    )
+    assert fvu(coder, activations) < 0.3
+    sparser = sae.fit(
+        activations, tokens=120_000, activation="relu", l1_coefficient=0.2, lr=3e-3, **QUICK
+    )
+    assert (sparser.encode(activations) != 0).sum() < (coder.encode(activations) != 0).sum()
+
+
+def test_kinds_of_input_train_the_same_coder(activations: torch.Tensor, tmp_path: Path):
+    np.save(tmp_path / "x.npy", activations.numpy())
+    kinds = [activations, activations.numpy(), tmp_path / "x.npy", str(tmp_path / "x.npy")]
+    coders = [sae.fit(kind, tokens=1_024, **QUICK) for kind in kinds]
+    for coder in coders[1:]:
+        assert torch.equal(coder.W_enc, coders[0].W_enc)
+    streamed = sae.fit(iter(activations.split(100)), tokens=1_024, **QUICK)
+    assert streamed.d_in == 16
+
+
+def test_the_global_generator_is_left_alone(activations: torch.Tensor):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    sae.fit(activations, tokens=512, **QUICK)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_scaling_the_data_scales_the_reconstruction(activations: torch.Tensor):
+    """The input scale is taken out while training, so units do not matter."""
+    coder = sae.fit(activations, tokens=2_560, **QUICK)
+    tiny = sae.fit(activations * 1e-3, tokens=2_560, **QUICK)
+    torch.testing.assert_close(
+        tiny(activations * 1e-3) * 1e3, coder(activations), rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("lr", 1e-4),
+        ("adam_betas", (0.5, 0.9)),
+        ("warmup_fraction", 0.5),
+        ("decay_fraction", 0.9),
+        ("grad_clip_norm", 1e-4),
+        ("batch_tokens", 128),
+        ("grad_accumulation_steps", 2),
+        ("mixed_precision", "bf16"),
+        ("seed", 1),
+        ("scale", "none"),
+        ("k", 3),
+        ("b_dec_init", "zeros"),
+        ("activation", "relu"),
+    ],
+)
+def test_each_setting_changes_the_outcome(activations: torch.Tensor, setting: str, value: object):
+    coder = sae.fit(activations, tokens=2_560, **QUICK)
+    other = sae.fit(activations, tokens=2_560, **{**QUICK, setting: value})
+    assert not torch.equal(coder.W_enc, other.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("k_aux", 0), ("aux_coefficient", 1.0), ("dead_after_tokens", 4096), ("dead_refresh_steps", 1)],
+)
+def test_each_dead_latent_setting_changes_the_outcome(
+    activations: torch.Tensor, setting: str, value: object
+):
+    few_fire = {**QUICK, "d_sae": 512, "dead_after_tokens": 256, "dead_refresh_steps": 3}
+    coder = sae.fit(activations, tokens=5_120, **few_fire)
+    other = sae.fit(activations, tokens=5_120, **{**few_fire, setting: value})
+    assert not torch.equal(coder.W_enc, other.W_enc)
+
+
+def test_auxk_revives_dead_latents(activations: torch.Tensor):
+    """A dictionary twice too wide: without AuxK a part of it never fires again."""
+    settings = {**QUICK, "d_sae": 256, "dead_after_tokens": 8192, "lr": 3e-3}
+    alive = {
+        k_aux: (sae.fit(activations, tokens=100_000, k_aux=k_aux, **settings).encode(activations))
+        .any(0)
+        .float()
+        .mean()
+        for k_aux in (0, 8)
+    }
+    assert alive[8] > alive[0] + 0.02
+
+
+def test_gradient_accumulation_is_the_same_step(activations: torch.Tensor):
+    whole = sae.fit(activations, tokens=2_560, **QUICK)
+    parts = sae.fit(activations, tokens=2_560, grad_accumulation_steps=4, **QUICK)
+    torch.testing.assert_close(parts.W_enc, whole.W_enc, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_folder_holds_everything(activations: torch.Tensor, tmp_path: Path):
+    coder = sae.fit(
+        activations,
+        tokens=2_560,
+        folder=str(tmp_path / "run"),
+        keep_checkpoints=2,
+        log_every_steps=4,
+        checkpoint_every_steps=2,
+        **QUICK,
+    )
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "env.json", "metrics.jsonl", "checkpoints", "final"}
+    steps = [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert steps == ["step_00000008", "step_00000010"]
+    assert torch.equal(sae.load(tmp_path / "run").W_enc, coder.W_enc)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 64, "d_sae": 32}, "got k=64, d_sae=32"),
+        ({"learning_rate": 1.0}, "Did you mean `lr`|every key"),
+        ({"d_see": 3}, "Did you mean `d_sae`"),
+        ({"batch_tokens": 255, "grad_accumulation_steps": 2}, "must be a multiple"),
+    ],
+)
+def test_wrong_arguments(activations: torch.Tensor, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        sae.fit(activations, tokens=1_000, **{"progress": False, **arguments})
+
+
+def test_constant_and_broken_activations_are_refused(activations: torch.Tensor):
+    with pytest.raises(ValueError, match="must differ from one another"):
+        sae.fit(torch.ones(100, 4), tokens=1_000, progress=False)
+    broken = activations.clone()
+    broken[1001] = float("inf")
+    with pytest.raises(NonFiniteActivationsError, match="must be finite"):
+        sae.fit(broken, tokens=10_000, **QUICK)
+    with pytest.raises(ValueError, match="`tokens` must be given"):
+        sae.fit(iter([activations]), **QUICK)

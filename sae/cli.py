@@ -1,13 +1,19 @@
 """The command line: sae train | eval | report.
 
-Each verb is a function of the remaining arguments. Mistakes of the user end in one clear message and
-exit code 2, without a traceback.
+Each verb is a function of the remaining arguments. A mistake of the user ends in one clear message
+and exit code 2, without a traceback.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae.config import Config
+    from sae.evals.results import EvalResults
 
 USAGE = """usage: sae VERB …
 
@@ -17,6 +23,17 @@ USAGE = """usage: sae VERB …
 
 `sae VERB --help` says more."""
 
+EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--out FILE] [--section.key value …]
+
+Measure a dictionary on documents that its training never saw, write results.json (beside the run,
+or to --out) and print a table. The run's own configuration says model and text; for a dictionary
+without a run, name what its metadata do not: --data.source, --model.name, --model.hookpoint."""
+
+REPORT_USAGE = """usage: sae report RUN [--section.key value …]
+
+Write report.html into the run folder: one file that opens from disk, with training curves, the
+evaluations in results.json, and every latent with its contexts and logit effects."""
+
 
 def train(arguments: Sequence[str]) -> None:
     """Train as CONFIG.yaml and the command line say."""
@@ -24,11 +41,55 @@ def train(arguments: Sequence[str]) -> None:
 
     cfg = from_command_line(arguments, "sae train")
     from sae.train import run
+    from sae.train.interrupt import Interrupted
 
-    run(cfg)
+    try:
+        folder = run(cfg)
+    except Interrupted:
+        sys.stderr.write(
+            "Stopped; the state is saved. Continue with the same command and "
+            "--train.resume auto\n"
+        )
+        raise
+    say(f"The dictionary is in {folder / 'final'}.")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measure a dictionary, write results.json, print the table."""
+    place, flags = place_and_flags(arguments, EVAL_USAGE)
+    names, out = taken(flags, "--evals"), taken(flags, "--out")
+    if names:
+        flags += ["--eval.evals", *names.split(",")]
+    from sae.evals.held_out import evaluate_held_out
+    from sae.evals.results import write_results
+    from sae.interop import load
+
+    coder = load(place)
+    cfg = configuration_of(place, coder.metadata, flags)
+    results = evaluate_held_out(coder, cfg)
+    target = Path(out) if out else place / "results.json"
+    write_results(results, target)
+    print_results(results, cfg)
+    say(f"Written to {target}.")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write report.html into a run folder."""
+    place, flags = place_and_flags(arguments, REPORT_USAGE)
+    from sae.configuration import read_run_config, with_flags
+
+    cfg = with_flags(read_run_config(place), flags, "sae report RUN")
+    from sae.analysis.run_report import report_run
+
+    path = report_run(place, cfg)
+    say(f"Open {path} ({path.stat().st_size / 1e6:.1f} MB) in a browser.")
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,14 +99,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(USAGE)
         return
     verb = VERBS.get(arguments[0])
-    if verb is None:
-        fail(f"the first word must be one of {', '.join(VERBS)}; got {arguments[0]!r}.")
     try:
+        if verb is None:
+            raise ValueError(
+                f"the first word must be one of {', '.join(VERBS)}; got {arguments[0]!r}."
+            )
         verb(arguments[1:])
     except (ValueError, TypeError, RuntimeError) as error:
         if not is_ours(error):
             raise
-        fail(str(error))
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+def place_and_flags(arguments: Sequence[str], usage: str) -> tuple[Path, list[str]]:
+    """Return a verb's path and the words after it; print its usage where asked."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(usage)
+        raise SystemExit(0)
+    return Path(arguments[0]), list(arguments[1:])
+
+
+def taken(flags: list[str], name: str) -> str | None:
+    """Take `name VALUE` out of `flags` and return the value; None where it is not there."""
+    if name not in flags:
+        return None
+    place = flags.index(name)
+    if place + 1 == len(flags):
+        raise ValueError(f"`{name}` must be followed by a value; got nothing.")
+    _, value = flags[place : place + 2]
+    del flags[place : place + 2]
+    return value
+
+
+def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
+    """Return what a run's folder says, or a dictionary's metadata, and then the flags."""
+    from sae.configuration import CONFIG_FILE, from_flat, read_run_config, with_flags
+
+    if (place / CONFIG_FILE).exists():
+        base = read_run_config(place)
+    else:
+        known = {
+            "model_name": "model.name",
+            "hook_name": "model.hookpoint",
+            "context_size": "data.context_size",
+        }
+        base = from_flat({key: metadata[name] for name, key in known.items() if metadata.get(name)})
+    return with_flags(base, flags, "sae eval RUN_OR_DICTIONARY")
+
+
+def print_results(results: EvalResults, cfg: Config) -> None:
+    """Print the table of an evaluation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sae.evals.results import table_rows
+
+    origin = results.provenance
+    table = Table(
+        title=f"{origin['hookpoint']} of {cfg.model.name}: {origin['n_tokens']:,} held-out tokens "
+        f"of {origin['n_documents']:,} documents, L0 {origin['l0']:.1f}",
+        title_justify="left",
+    )
+    for column in ("", "metric", "value", "95% interval"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    before = ""
+    for row in table_rows(results):
+        if row.group != before:
+            table.add_section()
+        table.add_row(row.group if row.group != before else "", row.label, row.value, row.interval)
+        before = row.group
+    Console().print(table)
 
 
 def say(text: str) -> None:
@@ -53,15 +177,10 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def fail(text: str) -> None:
-    """Print an error and exit with code 2."""
-    sys.stderr.write(f"error: {text}\n")
-    raise SystemExit(2)
-
-
 def is_ours(error: BaseException) -> bool:
     """Say whether this project raised the error: its message then says all a user needs."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and "sae" in trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module.split(".")[0] in ("sae", "sae_kernels")

@@ -17,6 +17,8 @@ import yaml
 
 from sae.config import Config
 
+CONFIG_FILE = "config.yaml"
+
 
 def dotted_keys(config_type: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key of the configuration with its type: ("coder.k", int), …"""
@@ -88,6 +90,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return dict(_leaves(tree))
 
 
+def read_run_config(folder: Path) -> Config:
+    """Return the resolved configuration that a run folder holds.
+
+    Errors: ValueError where it holds none.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder that "
+            "`sae train` printed."
+        )
+    return from_flat(read_yaml(folder / CONFIG_FILE))
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     sections = {field.name for field in dataclasses.fields(Config)}
     for key, value in tree.items():
@@ -112,27 +127,36 @@ def to_yaml(config: Config) -> str:
 def from_command_line(arguments: Sequence[str], program: str) -> Config:
     """Return the configuration of `[CONFIG.yaml] [--section.key value …]`.
 
-    Errors: ValueError and TypeError as `from_flat`; SystemExit for `--help` and malformed flags.
+    Errors: ValueError and TypeError as `from_flat`; SystemExit as `with_flags`.
     """
-    import tyro
-
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     base = from_flat(read_yaml(Path(path))) if path else Config()
-    known = dict(dotted_keys())
-    for argument in arguments[1 if path else 0 :]:
-        key = argument.split("=", 1)[0].removeprefix("--").replace("-", "_").replace(".no_", ".")
-        if argument.startswith("--") and key not in known and key != "help":
-            raise ValueError(unknown_key_message(key, known))
-    config = tyro.cli(
-        Config,
-        prog=f"{program} CONFIG.yaml",
-        description="Settings given here override the YAML file, which overrides the defaults.",
-        default=base,
-        args=list(arguments[1 if path else 0 :]),
-    )
+    config = with_flags(base, arguments[1 if path else 0 :], f"{program} CONFIG.yaml")
     if path and config.run.folder is None:
         return from_flat({"run.folder": f"runs/{Path(path).stem}"}, config)
     return config
+
+
+def with_flags(base: Config, arguments: Sequence[str], program: str) -> Config:
+    """Return `base` with `--section.key value …` in place of its own values.
+
+    Errors: ValueError for an unknown key; SystemExit for `--help`, and, its message printed, for a
+    value that is refused.
+    """
+    import tyro
+
+    known = dict(dotted_keys())
+    for argument in arguments:
+        key = argument.split("=", 1)[0].removeprefix("--").replace("-", "_").replace(".no_", ".")
+        if argument.startswith("--") and key not in known and key != "help":
+            raise ValueError(unknown_key_message(key, known))
+    return tyro.cli(
+        Config,
+        prog=program,
+        description="Settings given here override the YAML file, which overrides the defaults.",
+        default=base,
+        args=list(arguments),
+    )
 
 
 def _as_field(value: Any, hint: Any) -> Any:

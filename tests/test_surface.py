@@ -27,6 +27,7 @@ LEVELS = {
     "train": 5,
     "analysis": 5,
     "cli": 6,
+    "__main__": 7,
 }
 ALLOWED_SIDEWAYS: set[tuple[str, str]] = set()
 ONLY_IN = {

@@ -140,8 +140,8 @@ def sparse_decode(
     `check_indices` reads the data to check the range of `indices` (see `set_debug`).
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
 
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix D (the sparse
-    decoder); ours sums each latent's pairs in a fixed order instead of with atomics.
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix D (sparse
+    kernels); ours sums each latent's pairs in a fixed order instead of with atomics.
     """
     check_floating(values=values, W_dec=W_dec, b_dec=b_dec)
     check_same_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)

@@ -167,8 +167,8 @@ def encode_topk(
 
     Raises ValueError or TypeError for shapes, dtypes, devices or a k that do not fit.
 
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 2 and appendix D.
-    Deviation: ReLU after TopK, as in their released code, is optional.
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
+    Deviation: the ReLU after TopK is optional.
     """
     check_floating(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)

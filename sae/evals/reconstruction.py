@@ -63,7 +63,7 @@ class Reconstruction:
 
     def update(self, batch: EvalBatch) -> None:
         """Add n tokens."""
-        x, x_hat = batch.x.float(), batch.x_hat.float()
+        x, x_hat = batch.x.double(), batch.x_hat.double()
         values = _token_values(x, x_hat)
         blocks, bins = block_of(batch.document_ids), _error_bin(values["error"])
         self.seen.update(batch.document_ids)

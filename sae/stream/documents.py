@@ -114,9 +114,15 @@ def open_documents(cfg: DataConfig) -> Documents:
     if is_package_source(cfg.source):
         return _from_files(package_files(cfg.source, cfg.subset, TEXT_SUFFIXES), cfg)
     path = Path(cfg.source).expanduser()
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if files and cfg.subset is not None:
+        raise ValueError(
+            "`data.subset` must be left out for local text; got "
+            f"{cfg.subset!r} with {cfg.source!r}. Name the files in `data.source`, by a glob."
+        )
     if path.is_dir():
         return _from_saved_dataset(path, cfg)
-    if files := sorted(Path(name) for name in glob.glob(str(path), recursive=True)):
+    if files:
         return _from_files(files, cfg)
     if has_text_suffix(path) or glob.has_magic(cfg.source) or not _HUB_ID.fullmatch(cfg.source):
         raise ValueError(

@@ -107,7 +107,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
         raise RuntimeError(
             f"`{file}` must be a GGUF file that transformers can unpack; {type(error).__name__}: "
-            f"{error}. "
+            f"{str(error).rstrip('.')}. "
             "Download it again, or use the model's safetensors form."
         ) from error
     return tokenizer, model

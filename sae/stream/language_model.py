@@ -172,6 +172,11 @@ def _clear_errors(name: str) -> Iterator[None]:
                 f"`model.name` must be a model that transformers itself can run; got {name!r}, "
                 "which brings its own code, and that is never run. Choose another model."
             ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"`model.name` must be a model in plain weights; the weights of {name!r} are "
+                "damaged or carry code, and that is never run. Use its safetensors form."
+            ) from error
         raise _load_error(name, error) from error
 
 

@@ -95,7 +95,9 @@ def _read_jsonl(stream: IO[bytes], text_column: str | None, path: Path) -> Itera
             row = _json_object(line, number)
             if column not in row:
                 column = choose_column(list(row), text_column, f"{path}, line {number}")
-            yield _require_text(row[column], f"line {number}, {column!r}")
+            text = _require_text(row[column], f"line {number}, {column!r}")
+            # JSON can spell half a character, which no tokenizer takes.
+            yield text.encode("utf-8", "replace").decode()
 
 
 def _json_object(line: str, number: int) -> dict[str, Any]:

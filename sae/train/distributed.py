@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
 from sae.config import RunConfig, TrainConfig
+from sae.stream.opening import pick_device
 
 
 def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
@@ -22,10 +22,7 @@ def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
     Errors: RuntimeError where the launcher started several processes that do not see each other,
     or where the device asked for is not there; ValueError where the batch cannot be divided.
     """
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("`run.device` cuda needs a GPU; none is visible. Use auto or cpu.")
-    use_cpu = run.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=use_cpu)
+    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
     require_synchronised(accelerator)
     require_divisible(train, accelerator.num_processes)
     return accelerator

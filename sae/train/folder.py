@@ -14,27 +14,13 @@ from pathlib import Path
 import torch
 
 from sae.config import Config
-from sae.configuration import flatten, from_flat, read_yaml, to_yaml
+from sae.configuration import CONFIG_FILE, flatten, read_run_config, to_yaml
 from sae.files import write_json, write_text
 
-CONFIG_FILE = "config.yaml"
 # What may differ between a run and its continuation: nothing that changes the numbers.
 MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
 MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "triton", "numpy")
-
-
-def read_run_config(folder: Path) -> Config:
-    """Return the resolved configuration that a run folder holds.
-
-    Errors: ValueError where it holds none.
-    """
-    if not (folder / CONFIG_FILE).exists():
-        raise ValueError(
-            f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder that "
-            "`sae train` printed."
-        )
-    return from_flat(read_yaml(folder / CONFIG_FILE))
 
 
 def require_free(folder: Path, cfg: Config) -> None:

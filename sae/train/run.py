@@ -15,11 +15,8 @@ from accelerate import Accelerator
 from sae.coder import save_dictionary
 from sae.coder.coder import resolve as resolve_coder
 from sae.config import Config
-from sae.stream.documents import open_documents
-from sae.stream.hookpoints import find_hookpoint
-from sae.stream.language_model import load_language_model
 from sae.stream.live import LanguageModelSource, buffer_tokens
-from sae.stream.tokens import ContextStream
+from sae.stream.opening import open_model, require_complete
 from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
 from sae.train.distributed import make_accelerator
@@ -35,7 +32,7 @@ def run(cfg: Config) -> Path:
     if accelerator.is_main_process:
         require_free(folder, cfg)
     accelerator.wait_for_everyone()
-    source = open_language_model_source(cfg, accelerator)
+    source = open_source(cfg, accelerator)
     cfg = resolve(cfg, source.d_in, folder, accelerator.device)
     resume_from = prepare_folder(cfg, folder, accelerator)
     coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
@@ -45,42 +42,14 @@ def run(cfg: Config) -> Path:
     return folder
 
 
-def require_complete(cfg: Config) -> None:
-    """Refuse a configuration that lacks what only the user can know."""
-    needed = {
-        "model.name": (cfg.model.name, "the model, a hub id or a folder"),
-        "model.hookpoint": (cfg.model.hookpoint, "the module to read, such as model.layers.8"),
-        "data.source": (cfg.data.source, "the text, a hub id or a file"),
-    }
-    for key, (value, meaning) in needed.items():
-        if not value:
-            raise ValueError(
-                f"`{key}` must name {meaning}; it is empty. Set it in the YAML file or with --{key}."
-            )
-
-
-def open_language_model_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
+def open_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
     """Open text and model of `cfg` for this process."""
-    documents = open_documents(cfg.data)
-    lm = load_language_model(cfg.model, accelerator.device)
-    hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-
-    def make_contexts() -> ContextStream:
-        return ContextStream(
-            documents,
-            lm.tokenizer,
-            cfg.data,
-            part="train",
-            seed=cfg.run.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
+    opened = open_model(cfg, accelerator.device)
     return LanguageModelSource(
-        lm,
-        hookpoint,
-        make_contexts,
+        opened.lm,
+        opened.hookpoint,
+        lambda: opened.contexts("train", rank=rank, world_size=world_size),
         cfg.stream,
         context_size=cfg.data.context_size,
         seed=cfg.run.seed * 1009 + rank,
@@ -93,13 +62,12 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
     """Return `cfg` with every derived value filled in: what is saved with the run."""
     coder = resolve_coder(cfg.coder, d_in)
     assert coder.d_sae is not None
+    tokens_held = buffer_tokens(cfg.stream, cfg.data.context_size)
     return replace(
         cfg,
         coder=coder,
         train=schedule.resolve(cfg.train, coder.d_sae, device),
-        stream=replace(
-            cfg.stream, buffer_tokens=buffer_tokens(cfg.stream, cfg.data.context_size)
-        ),
+        stream=replace(cfg.stream, buffer_tokens=tokens_held),
         run=replace(cfg.run, folder=str(folder) if folder else None),
     )
 

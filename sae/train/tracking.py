@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +62,7 @@ class WandbTracker:
             ) from error
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
-            write_text(id_file, wandb.util.generate_id())
+            write_text(id_file, secrets.token_hex(4))
         self.run = wandb.init(
             project=config.run.wandb_project,
             name=folder.name,

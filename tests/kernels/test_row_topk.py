@@ -67,11 +67,11 @@ def test_k_is_the_whole_row(generator) -> None:
     assert_is_topk(x, *sae_kernels.topk(x, 12), 12)
 
 
-@pytest.mark.parametrize("width", [20, 2 * MIN_ROW_PER_K])
+@pytest.mark.parametrize("width", [40, 16 * MIN_ROW_PER_K])
 def test_sorted_descends(width: int, generator) -> None:
-    x = torch.randn(5, width, generator=generator)
-    values, _ = sae_kernels.topk(x, 2, sorted=True)
-    assert torch.equal(values, x.topk(2)[0])
+    x = torch.randn(50, width, generator=generator)
+    values, _ = sae_kernels.topk(x, 16, sorted=True)
+    assert torch.equal(values, x.topk(16)[0])
 
 
 @pytest.mark.parametrize("width", [20, 2 * MIN_ROW_PER_K])

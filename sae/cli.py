@@ -7,11 +7,14 @@ and exit code 2, without a traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from sae.config import Config
     from sae.evals.results import EvalResults
 
@@ -47,8 +50,7 @@ def train(arguments: Sequence[str]) -> None:
         folder = run(cfg)
     except Interrupted:
         sys.stderr.write(
-            "Stopped; the state is saved. Continue with the same command and "
-            "--train.resume auto\n"
+            "Stopped; the state is saved. Continue with the same command and --train.resume auto\n"
         )
         raise
     say(f"The dictionary is in {folder / 'final'}.")
@@ -66,7 +68,8 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     coder = load(place)
     cfg = configuration_of(place, coder.metadata, flags)
-    results = evaluate_held_out(coder, cfg)
+    with progress_bar() as tell:
+        results = evaluate_held_out(coder, cfg, tell)
     target = Path(out) if out else place / "results.json"
     write_results(results, target)
     print_results(results, cfg)
@@ -81,7 +84,7 @@ def report(arguments: Sequence[str]) -> None:
     cfg = with_flags(read_run_config(place), flags, "sae report RUN")
     from sae.analysis.run_report import report_run
 
-    path = report_run(place, cfg)
+    path = report_run(place, cfg, say)
     say(f"Open {path} ({path.stat().st_size / 1e6:.1f} MB) in a browser.")
 
 
@@ -146,6 +149,23 @@ def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
         }
         base = from_flat({key: metadata[name] for name, key in known.items() if metadata.get(name)})
     return with_flags(base, flags, "sae eval RUN_OR_DICTIONARY")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a bar for each stage that is told as (name, done, wanted)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, wanted: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=wanted)
+            bar.update(tasks[stage], completed=done)
+
+        yield tell
 
 
 def print_results(results: EvalResults, cfg: Config) -> None:

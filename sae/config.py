@@ -44,7 +44,8 @@ class ModelConfig:
     """The language model whose activations are read, and where in it."""
 
     name: str = ""
-    """A hub id, a local folder, or `package:NAME` for a model inside an installed Python package."""
+    """A hub id, a local folder, a .gguf file, or `package:NAME` for a model inside an installed
+    Python package."""
 
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model; None is the hub's default."""
@@ -63,13 +64,15 @@ class DataConfig:
     """The text, how it becomes contexts of tokens, and which tokens count."""
 
     source: str = ""
-    """A hub dataset id, a file or glob (.txt .jsonl .csv .parquet, .zst too), or `package:NAME`."""
+    """A hub dataset id, a file or glob (.txt with documents between blank lines, .jsonl, .csv,
+    .parquet, each also .zst), a folder saved by `datasets`, or `package:NAME`."""
 
     subset: str | None = None
-    """The hub dataset's configuration name; for `package:` sources, a glob over its file names."""
+    """The hub dataset's configuration name; for `package:` sources, comma-separated globs over its
+    file names. Refused for local files."""
 
     split: str = "train"
-    """The hub dataset's split."""
+    """The split of a hub dataset or of a saved folder."""
 
     text_column: str | None = None
     """The column with the text; None takes the first of text, content, prompt that exists."""

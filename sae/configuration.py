@@ -86,7 +86,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` must be YAML; {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"`{path}` must hold sections such as `coder:`; got {type(tree).__name__}.")
+        raise ValueError(
+            f"`{path}` must hold sections such as `coder:`; got {type(tree).__name__}."
+        )
     return dict(_leaves(tree))
 
 
@@ -97,8 +99,8 @@ def read_run_config(folder: Path) -> Config:
     """
     if not (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder that "
-            "`sae train` printed."
+            f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder "
+            "that `sae train` printed."
         )
     return from_flat(read_yaml(folder / CONFIG_FILE))
 

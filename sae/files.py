@@ -89,7 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _replace_folder(beside: Path, path: Path) -> None:
-    """Rename `beside` to `path`. A folder cannot be renamed onto a full one, so that steps aside."""
+    """Rename `beside` to `path`; a full folder cannot be renamed onto, so it steps aside first."""
     if path.exists():
         aside = path.with_name(f".{path.name}.old")
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,10 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+
+# Two threads a process stall on machines that are shared; one gives the same numbers everywhere.
+torch.set_num_threads(1)
 
 N_DOCUMENTS = 300
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>"]

@@ -104,7 +104,7 @@ def test_bad_yaml(tmp_path: Path):
 
 
 def test_command_line_suggests_the_near_key():
-    with pytest.raises(ValueError, match="Did you mean `coder.d_sae`"):
+    with pytest.raises(ValueError, match=r"Did you mean `coder\.d_sae`"):
         from_command_line(["--coder.d_see", "3"], "sae train")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +29,8 @@ TEXTS_FILE = "features.json"
 class Coder(Encodes, Protocol):
     """What `build_atlas` needs of a dictionary: `encode_sparse`, `d_sae` and the decoder rows."""
 
-    W_dec: Tensor
+    @property
+    def W_dec(self) -> Tensor: ...
 
 
 class ShownContext(NamedTuple):
@@ -109,7 +110,7 @@ class Atlas:
                 "Write them with `sae report RUN`."
             )
         tensors, said = load_file(folder / TENSORS_FILE), read_json(folder / TEXTS_FILE)
-        groups: dict[str, dict[str, Tensor]] = {"features": {}, "effects": {}, "neighbours": {}}
+        groups: dict[str, dict[str, Any]] = {"features": {}, "effects": {}, "neighbours": {}}
         for name, tensor in tensors.items():
             group, field = name.split(".")
             groups[group][field] = tensor

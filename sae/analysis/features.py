@@ -109,7 +109,7 @@ def collect_features(
 
 
 class _Firings(NamedTuple):
-    """The non-zero part of a batch's code, sorted by `keys` = latent · (b · t) + token; (p) each."""
+    """A batch's non-zero code, sorted by `keys` = latent · (b · t) + token; (p) each."""
 
     keys: Tensor
     latents: Tensor
@@ -129,7 +129,9 @@ class _Top(NamedTuple):
 class FeatureCollector:
     """The running state of one pass: counts, histogram and the strongest contexts."""
 
-    def __init__(self, d_sae: int, *, contexts_per_latent: int = 8, left: int = 20, right: int = 12):
+    def __init__(
+        self, d_sae: int, *, contexts_per_latent: int = 8, left: int = 20, right: int = 12
+    ):
         if contexts_per_latent < 1 or left < 0 or right < 0:
             raise ValueError(
                 "`contexts_per_latent` must be at least 1 and `left`, `right` at least 0; got "

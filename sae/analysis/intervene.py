@@ -33,7 +33,8 @@ CodeEdit = Callable[[Latents], Latents]
 class Coder(Protocol):
     """A dictionary that encodes and decodes sparsely."""
 
-    W_dec: Tensor
+    @property
+    def W_dec(self) -> Tensor: ...
 
     def encode_sparse(self, x: Tensor, /) -> Latents: ...
 

@@ -62,7 +62,7 @@ def find_readout(model: nn.Module, d: int) -> tuple[Readout | None, str]:
     """Return the model's read-out for width `d`, or None and the reason why there is none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get else None
-    if not isinstance(getattr(head, "weight", None), Tensor):
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         return None, "The model has no output embedding."
     if head.weight.shape[1] != d:
         return None, (

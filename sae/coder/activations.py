@@ -1,8 +1,7 @@
 """The sparsifying activation functions, one registry row each.
 
-An activation turns inputs into a code in two forms: `encode` gives all latents (…, d_sae), which is
-what analysis wants; `encode_training` gives the form that is cheapest to decode and to train through,
-either `Latents` or the dense code. Both compute act((x − b_dec) W_encᵀ + b_enc).
+An activation turns inputs into act((x − b_dec) W_encᵀ + b_enc), in the form that is cheapest to
+decode and to train through: `Latents` or the dense code (n, d_sae).
 
 To add one: a function or two here and a row in ACTIVATIONS, its name in `config.ActivationName`.
 """

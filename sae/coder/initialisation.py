@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-
 def geometric_median(x: Tensor, *, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """Return the point with the least sum of distances to the rows of `x` (n, d_in).
 

@@ -28,7 +28,7 @@ class Latents(NamedTuple):
 
 
 def from_dense(dense: Tensor) -> Latents:
-    """Return the sparse form of `dense` (n, d_sae), k being the largest number active in a token."""
+    """Return the sparse form of `dense` (n, d_sae); k is the most that any token has active."""
     k = max(int((dense != 0).sum(-1).max()) if dense.numel() else 0, 1)
     indices = torch.topk(dense.abs(), k, dim=-1, sorted=False).indices
     return Latents(dense.gather(-1, indices), indices)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.coder.latents import Latents, from_dense
 
@@ -30,7 +30,7 @@ class Evaluable:
     that of the activations.
     """
 
-    def __init__(self, coder: Any, width: int, place: str = "the activations") -> None:
+    def __init__(self, coder: Any, width: int, place: str = "the given batches") -> None:
         _require_coder(coder)
         self.coder = coder
         self.d_in = int(getattr(coder, "d_in", width))
@@ -60,7 +60,7 @@ class Evaluable:
         else:
             dense = self.coder.encode(given)
             latents, x_hat = from_dense(dense), self.coder.decode(dense)
-        if False:
+        if not torch.isfinite(x_hat).all():
             raise ValueError(
                 "reconstructions must be finite; the dictionary gives NaN or infinity on finite "
                 "activations. Its training diverged, or its file is damaged."
@@ -88,8 +88,7 @@ class Evaluable:
 
     def _as_input(self, x: Tensor) -> Tensor:
         """Return x in the coder's floating dtype and on its device; float32 where it says none."""
-        parameters: Any = getattr(self.coder, "parameters", None)
-        weight = next(iter(parameters()), None) if callable(parameters) else None
+        weight = next(self.coder.parameters(), None) if isinstance(self.coder, nn.Module) else None
         weight = getattr(self.coder, "W_dec", None) if weight is None else weight
         if isinstance(weight, Tensor):
             return x.to(weight.device, weight.dtype)

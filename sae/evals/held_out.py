@@ -7,11 +7,11 @@ from typing import Any
 from sae.config import Config
 from sae.evals.registry import checked_names
 from sae.evals.results import EvalResults
-from sae.evals.run import evaluate
+from sae.evals.run import Tell, evaluate
 from sae.stream.opening import open_model, pick_device
 
 
-def evaluate_held_out(coder: Any, cfg: Config) -> EvalResults:
+def evaluate_held_out(coder: Any, cfg: Config, tell: Tell = lambda *_: None) -> EvalResults:
     """Return what `cfg.eval` asks of `coder`, on the held-out documents of `cfg.data`.
 
     The coder's metadata say which tokens its training left out for their norm; they are left out
@@ -29,4 +29,5 @@ def evaluate_held_out(coder: Any, cfg: Config) -> EvalResults:
         downstream_tokens=cfg.eval.downstream_tokens,
         max_norm=coder.metadata.get("max_norm"),
         seed=cfg.run.seed,
+        tell=tell,
     )

@@ -112,7 +112,7 @@ class Capture:
     @property
     def place(self) -> str:
         """What the activations are called in messages."""
-        return "the activations" if self.hookpoint is None else str(self.hookpoint)
+        return "the given batches" if self.hookpoint is None else str(self.hookpoint)
 
     def __call__(self, contexts: Contexts) -> CapturedContexts:
         """Return the contexts with their activations."""

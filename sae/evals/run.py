@@ -89,14 +89,8 @@ def evaluate(
     shared.require_tokens()
 
     if lm is not None and capture.hookpoint is not None:
-        make_batch = partial(
-            ModelBatch,
-            coder=ready,
-            lm=lm,
-            hookpoint=capture.hookpoint,
-            mean=shared.mean,
-            max_norm=max_norm,
-        )
+        at_hookpoint = partial(ModelBatch, ready, lm, capture.hookpoint)
+        make_batch = partial(at_hookpoint, mean=shared.mean, max_norm=max_norm)
         _run_model_evals(on_model, make_batch, queue, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)

@@ -35,9 +35,7 @@ def _is_saelens(folder: Path) -> bool:
 FORMATS: dict[str, Format] = {"saelens": Format(_is_saelens, load_dictionary)}
 
 
-def load(
-    path: str | Path, format: str | None = None, *, allow_pickle: bool = False
-) -> SparseCoder:
+def load(path: str | Path, format: str | None = None, *, allow_pickle: bool = False) -> SparseCoder:
     """Return the coder that `path` holds.
 
     Args:

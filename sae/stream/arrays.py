@@ -61,7 +61,7 @@ class ArraySource:
         if rows.is_cuda:  # once for all: a check per batch would make every step wait
             require_finite(rows, name, "of the data")
 
-    def warm_up(self, _tell: Callable[[int, int], None]) -> None:
+    def warm_up(self, tell: Callable[[int, int], None]) -> None:
         """Do nothing: the rows are there."""
 
     def next_batch(self, n: int) -> Tensor:
@@ -103,9 +103,9 @@ class ArraySource:
     def _permutation(self) -> Tensor:
         """Return this process's rows of the epoch: every world_size-th of one global order."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (self.epoch + 1))
-        return torch.randperm(len(self.rows), generator=generator)[
-            self.rank :: self.world_size
-        ].to(self.rows.device)
+        return torch.randperm(len(self.rows), generator=generator)[self.rank :: self.world_size].to(
+            self.rows.device
+        )
 
 
 class IteratorSource:
@@ -116,7 +116,7 @@ class IteratorSource:
         self.pending = self._pull()
         self.d_in = self.pending.shape[1]
 
-    def warm_up(self, _tell: Callable[[int, int], None]) -> None:
+    def warm_up(self, tell: Callable[[int, int], None]) -> None:
         """Do nothing: the rows are there."""
 
     def next_batch(self, n: int) -> Tensor:
@@ -140,7 +140,7 @@ class IteratorSource:
             "Give a tensor, an array or a path, or train without `folder`."
         )
 
-    def load_state(self, state: SourceState) -> None:
+    def load_state(self, state: SourceState) -> None:  # noqa: ARG002 - the interface
         """Refuse, as `state` does."""
         self.state()
 

@@ -1,9 +1,9 @@
 """The shuffle buffer: rows go in as the model makes them and come out mixed.
 
-The buffer works in cycles. A cycle picks R = refill_fraction · capacity slots at random, hands their
-rows out `reuse` times over, each time in a new order, and then replaces them. With reuse 1 and half
-the buffer replaced this is the usual shuffle buffer: a row waits a random number of cycles, so
-neighbours in the text part ways.
+The buffer works in cycles. A cycle picks R = refill_fraction · capacity slots at random, hands
+their rows out `reuse` times over, each time in a new order, and then replaces them. With reuse 1
+and half the buffer replaced this is the usual shuffle buffer: a row waits a random number of
+cycles, so neighbours in the text part ways.
 
 Which rows come when is a pure function of (seed, cycle, position): the permutations are made once a
 cycle, and a batch is one gather. Knows nothing of models or text.
@@ -103,7 +103,5 @@ class ShuffleBuffer:
         """Return the slots of a cycle and the order in which their rows are handed out."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (cycle + 1))
         slots = torch.randperm(self.capacity, generator=generator)[: self.rows_replaced]
-        passes = [
-            slots[torch.randperm(len(slots), generator=generator)] for _ in range(self.reuse)
-        ]
+        passes = [slots[torch.randperm(len(slots), generator=generator)] for _ in range(self.reuse)]
         return slots, torch.cat(passes).to(self.storage.device)

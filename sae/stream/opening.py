@@ -1,4 +1,4 @@
-"""From a configuration to an open model and its text: what training, evaluation and reports share."""
+"""From a configuration to an open model and its text, for training, evaluation and reports."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def open_model(cfg: Config, device: torch.device) -> OpenedModel:
     require_complete(cfg)
     documents = open_documents(cfg.data)
     lm = load_language_model(cfg.model, device)
+    _require_fitting_contexts(cfg, lm)
     return OpenedModel(cfg, lm, find_hookpoint(lm.module, cfg.model.hookpoint), documents)
 
 
@@ -59,8 +60,18 @@ def require_complete(cfg: Config) -> None:
     for key, (value, meaning) in needed.items():
         if not value:
             raise ValueError(
-                f"`{key}` must name {meaning}; it is empty. Set it in the YAML file or with --{key}."
+                f"`{key}` must name {meaning}; it is empty. Set it in the YAML file or "
+                f"with --{key}."
             )
+
+
+def _require_fitting_contexts(cfg: Config, lm: LanguageModel) -> None:
+    longest = lm.max_context_size
+    if longest is not None and cfg.data.context_size > longest:
+        raise ValueError(
+            f"`data.context_size` must be at most what {lm.name} reads, {longest} tokens; got "
+            f"{cfg.data.context_size}. Lower it."
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -63,8 +63,8 @@ def require_finite(x: Tensor, name: str, where: str) -> None:
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).any(-1).sum())
         raise NonFiniteActivationsError(
-            f"activations of `{name}` must be finite; {bad} of {x.shape[0]} tokens {where} hold NaN "
-            "or infinity. Check the model's weights and dtype (float16 overflows: use "
+            f"activations of `{name}` must be finite; {bad} of {x.shape[0]} tokens {where} hold "
+            "NaN or infinity. Check the model's weights and dtype (float16 overflows: use "
             "`model.dtype: bfloat16` or float32), or the data given."
         )
 

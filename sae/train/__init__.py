@@ -1,4 +1,4 @@
-"""Training: the trainer's page, its state, and the ways to start it (`run` a configuration, `fit`)."""
+"""Training: the trainer's page, its state, and the two ways to start it, `run` and `fit`."""
 
 from sae.train.fit import fit
 from sae.train.run import run

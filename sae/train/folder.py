@@ -1,6 +1,6 @@
 """The run folder: what it holds, and that it is never taken for another run's.
 
-config.yaml (resolved) · env.json · metrics.jsonl · checkpoints/ · final/ · what eval and report add.
+config.yaml (resolved), env.json, metrics.jsonl, checkpoints/, final/, what eval and report add.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training: finish the step, save, leave. A second Ctrl-C leaves at once."""
+"""SIGTERM and Ctrl-C while training: finish the step, save, leave; a second one leaves at once."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def run(cfg: Config) -> Path:
 def open_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
     """Open text and model of `cfg` for this process."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    opened = open_model(cfg, accelerator.device)
+    # A packaged model is converted once, by the first process that asks for it.
+    with accelerator.main_process_first():
+        opened = open_model(cfg, accelerator.device)
     return LanguageModelSource(
         opened.lm,
         opened.hookpoint,

@@ -1,4 +1,4 @@
-"""How long a run is and how fast it learns: every derived setting of `TrainConfig`, as arithmetic."""
+"""How long a run is and how fast it learns: each derived setting of `TrainConfig`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ step waits for the device: metrics stay there and are read every `log_every_step
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -89,46 +89,32 @@ def train_coder(
         seen_tokens=state.step * cfg.train.batch_tokens,
         is_shown=is_shown and accelerator.is_main_process,
     )
-    clock, saved_step = Clock(), state.step
+    log = Log(cfg, state, trackers, progress)
+    saved_step = state.step
 
     with progress, Interrupt(device) as interrupt:
         _warm_up(source, progress, interrupt)
         while True:
-            tokens_seen = state.step * cfg.train.batch_tokens
-            is_last = state.step >= last_step
-
             # ---- once in a while ----
-            if state.step % cfg.train.dead_refresh_steps == 0 or is_last:
-                state.dead.refresh(tokens_seen)
-            is_log_due = state.step % cfg.train.log_every_steps == 0 or is_last
-            if is_log_due and (row := _row(cfg, state, clock)):
-                _require_finite_loss(row, source.name)
-                progress.show(row)
-                for tracker in trackers:
-                    tracker.log(row)
+            is_last = state.step >= last_step
+            if is_last or state.step % cfg.train.dead_refresh_steps == 0:
+                state.dead.refresh(tokens_seen(cfg, state))
+            is_log_due = is_last or state.step % cfg.train.log_every_steps == 0
+            if is_log_due:
+                log.row()
             stop_signal = _stop_signal(interrupt, accelerator, is_log_due)
-            is_save_due = state.step % _checkpoint_interval(cfg) == 0 or is_last or stop_signal
+            is_save_due = is_last or stop_signal or state.step % _checkpoint_interval(cfg) == 0
             if folder is not None and is_save_due and state.step > saved_step:
                 _require_finite_weights(state.coder, source.name, state.step)
                 save_checkpoint(state, folder, accelerator, keep=cfg.train.keep_checkpoints)
                 saved_step = state.step
-            if stop_signal:
-                _close(trackers)
-                raise Interrupted(128 + stop_signal)
-            if is_last:
+            if stop_signal or is_last:
                 break
 
             # ---- one training step ----
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(state.step, cfg.train)
-            for micro in range(cfg.train.grad_accumulation_steps):
-                x = _next_input(cfg, state, accelerator)
-                is_synced = micro == cfg.train.grad_accumulation_steps - 1
-                with nullcontext() if is_synced else accelerator.no_sync(module):
-                    losses, residual, code = module(x, state.dead.indices)
-                    accelerator.backward(losses["loss"] / cfg.train.grad_accumulation_steps)
-                state.metrics.update(x, residual, code, losses)
-                state.dead.update(code, tokens_seen + cfg.train.batch_tokens)
+            accumulate_gradients(cfg, state, module, accelerator)
             project_decoder_gradient_(state.coder)
             if cfg.train.grad_clip_norm is not None:
                 accelerator.clip_grad_norm_(state.coder.parameters(), cfg.train.grad_clip_norm)
@@ -137,8 +123,30 @@ def train_coder(
             normalise_decoder_(state.coder)
             state.step += 1
 
-    _close(trackers)
+    log.close()
+    if stop_signal:
+        raise Interrupted(128 + stop_signal)
     return to_raw_units(state.coder, state.calibration.scale)
+
+
+def accumulate_gradients(
+    cfg: Config, state: TrainState, module: nn.Module, accelerator: Accelerator
+) -> None:
+    """Add up one step's gradients over its micro-batches, and what the log and AuxK count."""
+    n_micro = cfg.train.grad_accumulation_steps
+    n_tokens = cfg.train.batch_tokens // accelerator.num_processes // n_micro
+    for micro in range(n_micro):
+        x = _next_input(state, n_tokens, accelerator)
+        with nullcontext() if micro == n_micro - 1 else accelerator.no_sync(module):
+            losses, residual, code = module(x, state.dead.indices)
+            accelerator.backward(losses["loss"] / n_micro)
+        state.metrics.update(x, residual, code, losses)
+        state.dead.update(code, tokens_seen(cfg, state) + cfg.train.batch_tokens)
+
+
+def tokens_seen(cfg: Config, state: TrainState) -> int:
+    """Return how many tokens all finished steps trained on, over all processes."""
+    return state.step * cfg.train.batch_tokens
 
 
 def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
@@ -195,40 +203,52 @@ def loss_names(cfg: Config) -> tuple[str, ...]:
     return ("loss", "reconstruction", *ACTIVATIONS[cfg.coder.activation].losses)
 
 
-class Clock:
-    """Tokens per second since the last reading."""
+class Log:
+    """Reads the metrics since the last row and hands the row to trackers and progress."""
 
-    def __init__(self) -> None:
-        self.time, self.tokens = time.monotonic(), None
+    def __init__(
+        self, cfg: Config, state: TrainState, trackers: list[Tracker], progress: TrainProgress
+    ):
+        self.cfg, self.state, self.trackers, self.progress = cfg, state, trackers, progress
+        self._time, self._tokens = time.monotonic(), tokens_seen(cfg, state)
 
-    def rate(self, tokens: int) -> float:
-        """Return the rate since the last call; 0 at the first."""
-        now, before = time.monotonic(), self.tokens
-        elapsed, self.time, self.tokens = now - self.time, now, tokens
-        return 0.0 if before is None else (tokens - before) / max(elapsed, 1e-9)
+    def row(self) -> None:
+        """Log one row; the one place where the host waits for the device.
+
+        Errors: NonFiniteActivationsError where the loss is not finite.
+        """
+        state, tokens = self.state, tokens_seen(self.cfg, self.state)
+        means = state.metrics.compute()
+        if not means:  # before the first step, and right after a resume
+            self._time = time.monotonic()
+            return
+        state.metrics.clear()
+        row = {
+            "step": state.step,
+            "tokens": tokens,
+            **means,
+            "dead_share": float(state.dead.share(tokens)),
+            "lr": lr_at(state.step - 1, self.cfg.train),
+            "tokens_per_second": self._rate(tokens),
+        }
+        _require_finite_loss(row, state.source.name)
+        self.progress.show(row)
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    def close(self) -> None:
+        """Let trackers write what they hold back."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _rate(self, tokens: int) -> float:
+        now, before = time.monotonic(), self._time
+        since, self._time, self._tokens = tokens - self._tokens, now, tokens
+        return since / max(now - before, 1e-9)
 
 
-def _row(cfg: Config, state: TrainState, clock: Clock) -> dict[str, float]:
-    """Read the metrics since the last row; the one place where the host waits for the device."""
-    tokens = state.step * cfg.train.batch_tokens
-    means = state.metrics.compute()
-    rate = clock.rate(tokens)
-    if not means:
-        return {}
-    state.metrics.clear()
-    return {
-        "step": state.step,
-        "tokens": tokens,
-        **means,
-        "dead_share": float(state.dead.share(tokens)),
-        "lr": lr_at(state.step - 1, cfg.train),
-        "tokens_per_second": rate,
-    }
-
-
-def _next_input(cfg: Config, state: TrainState, accelerator: Accelerator) -> Tensor:
-    """Return this process's next micro-batch in scaled units, float32, on the device."""
-    n = cfg.train.batch_tokens // accelerator.num_processes // cfg.train.grad_accumulation_steps
+def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
+    """Return this process's next n activations in scaled units, float32, on the device."""
     try:
         x = state.source.next_batch(n)
     except NonFiniteActivationsError as error:
@@ -251,13 +271,9 @@ def _checkpoint_interval(cfg: Config) -> int:
 def _trackers(
     cfg: Config, folder: Path | None, step: int, accelerator: Accelerator
 ) -> list[Tracker]:
-    is_tracked = folder is not None and accelerator.is_main_process
-    return open_trackers(cfg, folder, step) if is_tracked else []
-
-
-def _close(trackers: list[Tracker]) -> None:
-    for tracker in trackers:
-        tracker.close()
+    if folder is None or not accelerator.is_main_process:
+        return []
+    return open_trackers(cfg, folder, step)
 
 
 def _warm_up(source: ActivationSource, progress: TrainProgress, interrupt: Interrupt) -> None:
@@ -283,6 +299,6 @@ def _require_finite_weights(coder: SparseCoder, name: str, step: int) -> None:
     """Never let a broken coder replace a good checkpoint."""
     if not all(torch.isfinite(p).all() for p in coder.parameters()):
         raise NonFiniteActivationsError(
-            f"the weights trained on `{name}` must be finite; they are not at step {step}. The last "
-            "checkpoint is unharmed. Lower `train.lr` or set `train.grad_clip_norm: 1`."
+            f"the weights trained on `{name}` must be finite; they are not at step {step}. The "
+            "last checkpoint is unharmed. Lower `train.lr` or set `train.grad_clip_norm: 1`."
         )

@@ -21,7 +21,9 @@ D_IN, D_SAE = 10, 24
 
 def make_coder(activation: str = "topk") -> SparseCoder:
     cfg = CoderConfig(activation=activation, d_sae=D_SAE, k=4)  # pyright: ignore
-    coder = SparseCoder.create(D_IN, cfg, metadata={"hook_name": "model.layers.1", "model_name": "m"})
+    coder = SparseCoder.create(
+        D_IN, cfg, metadata={"hook_name": "model.layers.1", "model_name": "m"}
+    )
     with torch.no_grad():
         coder.b_enc.normal_(generator=torch.Generator().manual_seed(0))
         coder.b_dec.normal_(generator=torch.Generator().manual_seed(1))

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from eval_stand_ins import FunctionCoder, assert_same
 
 from sae.evals import downstream
-from sae.evals.downstream import Downstream, counted_positions, position_losses
+from sae.evals.downstream import Downstream, counted_positions, position_losses, written_at
 from sae.evals.evaluable import Evaluable
 from sae.evals.inputs import rows_of
 from sae.evals.interface import EvalSetup, ModelBatch, Undefined
 from sae.stream.contexts import Contexts
-from sae.stream.hookpoints import capture
+from sae.stream.hookpoints import capture, edit
 
 D = 32
 SETUP = EvalSetup(D, D, n_resamples=50)
@@ -55,9 +55,8 @@ def test_identity_loses_nothing(batch_with):
         assert found[name] == 1 or isinstance(found[name], Undefined)
 
 
-@pytest.fixture
-def targets_of_the_model(lm, contexts):
-    """Contexts whose every next token is the model's own guess, so that any damage costs loss."""
+def with_guessed_targets(lm, contexts: Contexts) -> Contexts:
+    """Contexts whose every next token is the model's own guess, so that any change costs loss."""
     tokens = contexts.tokens.clone()
     with torch.no_grad():
         for position in range(1, tokens.shape[1]):
@@ -67,14 +66,29 @@ def targets_of_the_model(lm, contexts):
     return Contexts(tokens, contexts.document_ids, contexts.is_kept)
 
 
-def test_ablation_as_reconstruction_recovers_exactly_nothing(batch_with, targets_of_the_model):
-    changes = {"contexts": targets_of_the_model}
+def test_ablation_as_reconstruction_recovers_exactly_nothing(batch_with, lm, contexts):
+    changes = {"contexts": with_guessed_targets(lm, contexts)}
     identity = computed(batch_with(lambda x: x, **changes))
     assert identity["loss_recovered_zero"] == identity["loss_recovered_mean"] == 1
     zero = computed(batch_with(torch.zeros_like, **changes))
     assert zero["loss_recovered_zero"] == 0
     mean = batch_with(lambda x: x).mean
     assert computed(batch_with(mean.expand_as, **changes))["loss_recovered_mean"] == 0
+
+
+def test_harmless_ablation_leaves_recovery_undefined(batch_with, lm, hookpoint, contexts):
+    zero_at_kept = written_at(contexts.is_kept.flatten(), torch.zeros_like)
+
+    def ablate(activation):
+        padded = torch.zeros(*contexts.tokens.shape, D)
+        padded[:, : activation.shape[1]] = activation
+        return zero_at_kept(padded)[:, : activation.shape[1]]
+
+    with edit(lm.module, hookpoint, ablate):
+        guessed = with_guessed_targets(lm, contexts)
+    found = computed(batch_with(lambda x: x, contexts=guessed))
+    assert found["ce_ablated_zero"] < found["ce_clean"]
+    assert "does not raise the loss" in found["loss_recovered_zero"].reason
 
 
 def test_equals_a_reference_that_edits_by_hand(batch_with, lm, contexts):
@@ -110,6 +124,8 @@ def test_positions_count_only_within_a_document_and_outside_the_mask():
     assert counted_positions(contexts, outlier).tolist() == [1, 4]
     outlier = is_kept.flatten() & (torch.arange(8) != 1)
     assert counted_positions(contexts, outlier).tolist() == [4]
+    is_kept[0, 5] = False
+    assert counted_positions(contexts, is_kept.flatten()).tolist() == [1]
 
 
 def test_masked_tokens_keep_their_activation_in_every_pass(batch_with, contexts):

@@ -66,6 +66,17 @@ def test_batch_size_changes_nothing(results, coder, lm, contexts):
     assert_same({n: other.metrics[n] for n in defined}, defined, rel=1e-4)
 
 
+def test_mean_ablation_writes_the_mean_of_the_evaluated_activations(
+    results, lm, hookpoint, contexts
+):
+    x = capture(lm.module, [hookpoint], contexts.tokens)[hookpoint][contexts.is_kept]
+    to_mean = FunctionCoder(x.double().mean(0).float().expand_as)
+    found = evaluate(to_mean, [contexts], lm=lm, hookpoint=hookpoint, names=["downstream"])
+    expected = found.metrics["ce_spliced"]
+    assert results.metrics["ce_ablated_mean"] == pytest.approx(expected, rel=1e-7)
+    assert results.metrics["ce_ablated_mean"] != results.metrics["ce_ablated_zero"]
+
+
 def test_token_limits_hold_whatever_the_batch_size(contexts):
     for size in (1, 5, 12):
         batches = [rows_of(contexts, slice(i, i + size)) for i in range(0, 12, size)]
@@ -172,7 +183,7 @@ def test_no_tokens_is_an_error(coder, lm, hookpoint, contexts):
 def test_nan_is_an_error_that_names_its_place(coder):
     x = gaussian()
     x[7, 3] = torch.nan
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match=r"the given batches.*1 of 300"):
         evaluate(coder, activation_contexts([x]))
     broken = FunctionCoder(lambda x: x / 0)
     with pytest.raises(ValueError, match="reconstructions must be finite"):

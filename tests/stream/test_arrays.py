@@ -79,7 +79,8 @@ def test_an_iterator_keeps_its_order_and_says_when_it_ends():
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(2, 2, dtype=torch.int)]
+    "bad",
+    [torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(2, 2, dtype=torch.int)],
 )
 def test_what_is_no_matrix_is_refused(bad: torch.Tensor):
     with pytest.raises(ValueError, match="must be a floating-point matrix"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+
 @pytest.fixture
 def activations() -> torch.Tensor:
     """4096 activations (n, 16), each the sum of two of 32 directions, far from the origin."""

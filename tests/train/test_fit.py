@@ -93,7 +93,12 @@ def test_each_setting_changes_the_outcome(activations: torch.Tensor, setting: st
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("k_aux", 0), ("aux_coefficient", 1.0), ("dead_after_tokens", 4096), ("dead_refresh_steps", 1)],
+    [
+        ("k_aux", 0),
+        ("aux_coefficient", 1.0),
+        ("dead_after_tokens", 4096),
+        ("dead_refresh_steps", 1),
+    ],
 )
 def test_each_dead_latent_setting_changes_the_outcome(
     activations: torch.Tensor, setting: str, value: object

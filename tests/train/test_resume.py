@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from user import ROOT, clean_environment, command, run_sae
 from safetensors.torch import load_file
+from user import ROOT, clean_environment, command, run_sae
 
 import sae
 from sae.configuration import from_command_line
@@ -26,7 +26,10 @@ def configured(path: Path, *flags: str) -> sae.Config:
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
-    return {**load_file(newest / "trainer.safetensors"), **load_file(newest / "source_0.safetensors")}
+    return {
+        **load_file(newest / "trainer.safetensors"),
+        **load_file(newest / "source_0.safetensors"),
+    }
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -54,10 +57,11 @@ def test_stop_and_resume_is_the_uninterrupted_run(
 
     flags = ["--stream.reuse", reuse]
     whole = run(configured(tiny_config, *flags, "--run.folder", str(tmp_path / "whole")))
-    honest = trainer.lr_at
+    honest, sent = trainer.lr_at, []
 
     def interrupting(step: int, cfg):
-        if step == stop_at:
+        if step == stop_at and not sent:
+            sent.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(step, cfg)
 
@@ -72,7 +76,7 @@ def test_stop_and_resume_is_the_uninterrupted_run(
 
 @pytest.mark.slow
 def test_kill_9_and_resume_is_the_uninterrupted_run(tiny_config: Path, tmp_path: Path):
-    flags = ["--train.tokens", str(400 * 128), "--train.log_every_steps", "20"]
+    flags = ["--train.tokens", str(120 * 128), "--train.log_every_steps", "20"]
     whole = tmp_path / "whole"
     assert run_sae("train", tiny_config, *flags, "--run.folder", whole).returncode == 0
     folder = tiny_config.parent / "run"
@@ -97,8 +101,9 @@ def test_kill_9_and_resume_is_the_uninterrupted_run(tiny_config: Path, tmp_path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tiny_config: Path, number: signal.Signals):
     folder = tiny_config.parent / "run"
+    endless = ["--train.tokens", "100000000", "--train.checkpoint_every_steps", "1000000"]
     process = subprocess.Popen(
-        command("train", tiny_config, "--train.tokens", "100000000"),
+        command("train", tiny_config, *endless),
         env=clean_environment(),
         cwd=ROOT,
         stderr=subprocess.PIPE,

@@ -72,6 +72,7 @@ def test_checkpoints_are_in_raw_units(tiny_config: Path):
         (["--stream.buffer_tokens", "1000000"], "too few"),
         (["--coder.kk", "3"], "Did you mean `coder.k`"),
         (["--train.grad_accumulation_steps", "3"], "must be a multiple"),
+        (["--data.context_size", "4096"], "must be at most what"),
         (["--run.device", "cuda"], "needs a GPU"),
         (["--model.name", ""], "`model.name` must name"),
     ],

@@ -42,4 +42,4 @@ def write_report(run_folder: str | Path, atlas: Atlas) -> Path:
 
 
 def _source(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
+    return (files("sae.analysis.report") / name).read_text(encoding="utf-8")

@@ -1,23 +1,21 @@
 /* One latent's card. */
 
 function tokenSpan(text, share, value, isPeak) {
-  const span = el("span", {
+  return el("span", {
     class: isPeak ? "token is-peak" : "token", "data-activation": number(value), "data-text": text,
     style: share > 0 ? `--share:${share.toFixed(3)}` : undefined,
   });
-  appendVisible(span, text);
-  return span;
 }
 
 function contextRow(data, context, largest) {
   const texts = joinSplit(context.tokens.map((id) => data.texts[id]));
   const text = el("p", { class: "context-text", dir: "auto" });
-  text.append("… ");
+  if (context.isCutBefore) text.append(mark("…"));
   texts.forEach((part, i) => {
     const share = context.shares[i];
-    text.append(tokenSpan(part, share, share * largest, i === context.peak));
+    appendToken(text, part, tokenSpan(part, share, share * largest, i === context.peak));
   });
-  text.append(" …");
+  if (context.isCutAfter) text.append(mark("…"));
   return el("li", { class: "context" }, el("span", { class: "context-value" }, number(context.value)), text);
 }
 

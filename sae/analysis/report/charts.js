@@ -1,7 +1,8 @@
 /* Two small charts in SVG with hover read-outs: curves over training, and histograms. */
 
 const SVG = "http://www.w3.org/2000/svg";
-const PAD = { left: 42, right: 8, top: 6, bottom: 20 };
+const PAD = { left: 44, right: 8, top: 6, bottom: 22 };
+const LABEL_WIDTH = 54;
 
 function svg(tag, attributes, ...children) {
   const node = document.createElementNS(SVG, tag);
@@ -37,13 +38,13 @@ function logTicks(low, high) {
 }
 
 /** A scale of y: where values go (0 bottom, 1 top) and which ticks it has. */
-function scaleOf(values) {
+function scaleOf(values, isLog) {
   const low = Math.min(...values), high = Math.max(...values);
-  if (low > 0 && high / low > 20) {
+  if (isLog && low > 0 && high / low > 4) {
     const [a, b] = [Math.log(low), Math.log(high)];
     return { place: (v) => (Math.log(v) - a) / (b - a), ticks: logTicks(low, high) };
   }
-  const slack = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
+  const slack = (high - low) * 0.08 || Math.abs(high) * 0.1 || 0.01;
   const [a, b] = [low >= 0 ? Math.max(0, low - slack) : low - slack, high + slack];
   return { place: (v) => (v - a) / (b - a), ticks: ticks(a, b, 3) };
 }
@@ -71,14 +72,14 @@ function curves(box, { axis, x, series }) {
   const charts = series.map((one) => curve(box, axis, x, one, (i) => charts.forEach((c) => c.read(i))));
 }
 
-function curve(box, axis, x, { label, kind, y }, readAll) {
+function curve(box, axis, x, { label, kind, is_log: isLog, y }, readAll) {
   const write = kind === "share" ? percent : number;
   const value = el("b", {});
   const at = el("span", { class: "at" });
   const plot = el("div", { class: "plot" });
   box.append(el("figure", { class: "panel" }, el("figcaption", {}, label, value, at), plot));
   const known = y.filter((v) => v !== null);
-  const scale = scaleOf(known);
+  const scale = scaleOf(known, isLog);
   const height = 110;
   let dots = [], cursor = null;
 
@@ -97,7 +98,7 @@ function curve(box, axis, x, { label, kind, y }, readAll) {
     dots = y.map((v, i) => v === null ? null : [across(x[i]), PAD.top + (1 - scale.place(v)) * height]);
     cursor = svg("g", { class: "cursor" },
       svg("line", { y1: PAD.top, y2: PAD.top + height }), svg("circle", { r: 3.5 }));
-    const bottom = PAD.top + height + 14;
+    const bottom = PAD.top + height + 16;
     const picture = svg("svg", { width, height: height + PAD.top + PAD.bottom, role: "img", "aria-label": `${label} over ${axis}` },
       ...yAxis(scale, width, height, kind === "share" ? percent : short),
       svg("path", { class: "curve", d: pathOf(dots) }),
@@ -136,14 +137,16 @@ function histogram(box, { counts, height = 120, read, ends, idle, label }) {
 
   onWidth(plot, (width) => {
     const inner = width - PAD.left - PAD.right, step = inner / counts.length;
+    const every = Math.ceil(LABEL_WIDTH / (inner / Math.max(ends.length - 1, 1)));
+    const labels = ends.filter((_, i) => (ends.length - 1 - i) % every === 0);
     const bars = counts.map((n, i) => svg("rect", {
       class: "histogram-bar", x: PAD.left + i * step + Math.min(0.75, step / 8),
       width: Math.max(step - Math.min(1.5, step / 4), 0.5),
       y: PAD.top + (1 - n / high) * height, height: (n / high) * height,
     }));
     const picture = svg("svg", { width, height: height + PAD.top + PAD.bottom, role: "img", "aria-label": label },
-      ...yAxis(scale, width, height, short), ...bars, ...ends.map(([edge, text]) => svg("text", {
-        class: "tick", x: PAD.left + edge * step, y: PAD.top + height + 14,
+      ...yAxis(scale, width, height, short), ...bars, ...labels.map(([edge, text]) => svg("text", {
+        class: "tick", x: PAD.left + edge * step, y: PAD.top + height + 16,
         "text-anchor": edge >= counts.length ? "end" : edge <= 0 ? "start" : "middle",
       }, text)));
     picture.addEventListener("pointermove", (event) => {

@@ -57,6 +57,8 @@ function contextsOf(data, latent) {
       shares: Array.from(share, (a) => a / 65535),
       peak: left - first,
       value: data.peaks[place],
+      isCutBefore: first === 0,
+      isCutAfter: last === width,
     });
   }
   return found;

@@ -10,12 +10,17 @@ function snippet(data, latent) {
   if (!context) return box.append(el("i", {}, "never fired")), box;
   const texts = joinSplit(context.tokens.map((id) => data.texts[id]));
   const { peak } = context;
-  const peakBox = el("mark", {});
-  texts.slice(Math.max(0, peak - SNIPPET.before), peak).forEach((text) => appendVisible(box, text));
-  appendVisible(peakBox, texts[peak]);
-  box.append(peakBox);
+  const before = texts.slice(Math.max(0, peak - SNIPPET.before), peak);
+  before.forEach((text, i) => appendVisible(box, i ? text : text.trimStart() || text));
+  appendToken(box, texts[peak], el("mark", {}));
   texts.slice(peak + 1, peak + SNIPPET.after).forEach((text) => appendVisible(box, text));
   return box;
+}
+
+/** Three words that the latent promotes: tokens that differ only in spaces are one. */
+function promotedWords(data, latent) {
+  const words = effectsOf(data, latent, "promoted").map(({ text }) => text.trim() || text);
+  return [...new Set(words)].slice(0, 3);
 }
 
 function makeList(data, { list, rows, onOpen }) {
@@ -23,10 +28,10 @@ function makeList(data, { list, rows, onOpen }) {
 
   function rowFor(latent, place) {
     const tops = el("span", { class: "tops" });
-    effectsOf(data, latent, "promoted").slice(0, 3).forEach(({ text }) => {
-      const chip = el("span", {});
-      appendVisible(chip, text.trim() ? text.trim() : text);
-      tops.append(chip);
+    promotedWords(data, latent).forEach((text) => {
+      const word = el("span", {});
+      appendVisible(word, text);
+      tops.append(word);
     });
     return el("div", {
       class: "row", role: "option", id: `row-${latent}`, "aria-selected": String(place === active),

@@ -61,7 +61,7 @@ function bindLatents(data) {
     drawCard($("card"), data, latent, { onBack: back, onStep: (step) => open(list.move(step), false) });
     const address = `#latent=${latent}`;
     if (location.hash !== address) history[isStep ? "pushState" : "replaceState"](null, "", address);
-    if (isStep && isNarrow.matches) explorer.scrollIntoView();
+    if (isNarrow.matches) show(explorer);
   }
 
   function back() {
@@ -82,10 +82,13 @@ function bindLatents(data) {
 
   function follow() {
     const latent = latentInAddress(data);
-    if (latent === null) return;
+    if (latent === null) {
+      if (isNarrow.matches) explorer.classList.remove("has-card");
+      return;
+    }
     list.mark(latent);
     open(latent, false);
-    $("latents").scrollIntoView();
+    if (isNarrow.matches || !isExplorerInSight()) show($("latents"));
   }
 
   const list = makeList(data, { list: $("list"), rows: $("rows"), onOpen: open });
@@ -121,6 +124,10 @@ function showFirst(list, explorer, data, draw) {
   const latent = list.move(0);
   explorer.classList.add("has-card");
   if (latent !== undefined) draw(latent);
+}
+
+function show(node) {
+  node.scrollIntoView({ behavior: "instant" });
 }
 
 function isExplorerInSight() {

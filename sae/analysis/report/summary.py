@@ -28,6 +28,9 @@ CURVES = (
 )
 
 
+LOG_SCALE = ("fvu", "loss")
+
+
 @dataclass(frozen=True)
 class Summary:
     """The run folder's part of the page; `curves` goes to the page's scripts as it is."""
@@ -95,8 +98,9 @@ def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float | list
 
 
 def _is_number(value: object) -> bool:
-    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_numeric and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def _find(results: Mapping[str, Any], *names: str) -> float | None:
@@ -208,5 +212,6 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key, label, kind in placed:
         y = [row[key] if _is_number(row.get(key)) else None for row in kept]
         if any(value is not None for value in y):
-            series.append({"label": label, "kind": kind, "y": y, "is_main": key in known})
+            one = {"label": label, "kind": kind, "y": y, "is_main": key in known}
+            series.append({**one, "is_log": key in LOG_SCALE})
     return {"axis": axis, "x": [row[axis] for row in kept], "series": series}

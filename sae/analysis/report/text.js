@@ -49,9 +49,9 @@ function mark(character) {
   return el("span", { class: "mark" }, character);
 }
 
-/** Append `text` to `node` with newlines, tabs and lone spaces made visible. */
+/** Append `text` to `node` with newlines, tabs and lone (or leading) spaces made visible. */
 function appendVisible(node, text, { leading = false } = {}) {
-  if (text === "") return void node.append(mark("·"));
+  if (text === "") return void node.append(mark("‥"));
   const isBlank = /^ +$/.test(text);
   let plain = "";
   const flush = () => {
@@ -62,7 +62,7 @@ function appendVisible(node, text, { leading = false } = {}) {
     const isShownSpace = character === " " && (isBlank || (leading && i === 0));
     if (isShownSpace || MARKS[character]) {
       flush();
-      node.append(mark(isShownSpace ? "␣" : MARKS[character]));
+      node.append(mark(isShownSpace ? "·" : MARKS[character]));
     } else plain += character;
   });
   flush();
@@ -72,18 +72,24 @@ function group(n) {
   return n.toLocaleString("en-US");
 }
 
+/** Append a token in running text: `box` holds it without its leading space, which stays outside. */
+function appendToken(node, text, box) {
+  const hasSpace = text.length > 1 && text[0] === " " && text[1] !== " ";
+  if (hasSpace) node.append(" ");
+  appendVisible(box, hasSpace ? text.slice(1) : text);
+  node.append(box);
+}
+
 /** Four significant digits, no trailing zeros. */
 function number(x) {
   if (x === null || !Number.isFinite(x)) return "–";
-  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6)) return x.toExponential(2);
+  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6)) return String(Number(x.toPrecision(3)).toExponential());
   return Number(x.toPrecision(4)).toLocaleString("en-US", { maximumFractionDigits: 6 });
 }
 
 function percent(share) {
   if (share === null || !Number.isFinite(share)) return "–";
-  if (share === 0) return "0 %";
-  const digits = Math.max(0, Math.min(4, 1 - Math.floor(Math.log10(share * 100))));
-  return `${(share * 100).toFixed(digits)} %`;
+  return `${Number((share * 100).toPrecision(2))} %`;
 }
 
 /** Large counts for axes: 1.2M, 350k. */

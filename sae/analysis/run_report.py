@@ -1,0 +1,38 @@
+"""From a run folder to its report: open model and text, collect every latent, write the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sae.analysis.atlas import build_atlas
+from sae.analysis.report import write_report
+from sae.config import Config
+from sae.interop import load
+from sae.stream.live import captured_contexts
+from sae.stream.opening import open_model, pick_device
+
+
+def report_run(run: Path, cfg: Config, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """Write `report.html` and the features that it shows into the run's folder; return its path.
+
+    Contexts come from held-out documents, `cfg.report.tokens` of them.
+    """
+    coder = load(run)
+    opened = open_model(cfg, pick_device(cfg.run.device))
+    tell(f"collecting contexts of {coder.d_sae:,} latents from {cfg.report.tokens:,} tokens")
+    max_norm = coder.metadata.get("max_norm")
+    atlas = build_atlas(
+        coder.to(opened.lm.device),
+        opened.lm,
+        captured_contexts(
+            opened.lm,
+            opened.hookpoint,
+            opened.held_out(),
+            max_norm=max_norm if isinstance(max_norm, float) else None,
+        ),
+        contexts_per_latent=cfg.report.contexts_per_latent,
+        max_tokens=cfg.report.tokens,
+    )
+    atlas.save(run)
+    return write_report(run, atlas)

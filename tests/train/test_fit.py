@@ -10,6 +10,7 @@ import torch
 
 import sae
 from sae.stream.source import NonFiniteActivationsError
+from sae.train.tracking import read_metrics
 
 QUICK = {"d_sae": 48, "k": 2, "batch_tokens": 256, "progress": False}
 
@@ -109,17 +110,29 @@ def test_each_dead_latent_setting_changes_the_outcome(
     assert not torch.equal(coder.W_enc, other.W_enc)
 
 
-def test_auxk_revives_dead_latents(activations: torch.Tensor):
-    """A dictionary twice too wide: without AuxK a part of it never fires again."""
-    settings = {**QUICK, "d_sae": 256, "dead_after_tokens": 8192, "lr": 3e-3}
-    alive = {
-        k_aux: (sae.fit(activations, tokens=100_000, k_aux=k_aux, **settings).encode(activations))
-        .any(0)
-        .float()
-        .mean()
-        for k_aux in (0, 8)
-    }
-    assert alive[8] > alive[0] + 0.02
+def test_auxk_revives_dead_latents(
+    activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Half of the latents start below all others: without AuxK none of them ever fires."""
+    honest = sae.SparseCoder.create
+
+    def handicapped(*args, **kwargs):
+        coder = honest(*args, **kwargs)
+        with torch.no_grad():
+            coder.b_enc[24:] = -1.5
+        return coder
+
+    monkeypatch.setattr(sae.SparseCoder, "create", handicapped)
+    n_alive, dead_share = {}, {}
+    for k_aux in (0, 8):
+        folder = tmp_path / str(k_aux)
+        settings = {**QUICK, "dead_after_tokens": 8192, "k_aux": k_aux, "folder": str(folder)}
+        coder = sae.fit(activations, tokens=100_000, **settings)
+        n_alive[k_aux] = int((coder.encode(activations) != 0).any(0)[24:].sum())
+        dead_share[k_aux] = read_metrics(folder)[-1]["dead_share"]
+    assert n_alive[0] == 0
+    assert n_alive[8] >= 4
+    assert dead_share[8] < dead_share[0] == 0.5
 
 
 def test_gradient_accumulation_is_the_same_step(activations: torch.Tensor):

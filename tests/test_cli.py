@@ -1,0 +1,103 @@
+"""`sae eval` and `sae report` as a user runs them, on a run of the tiny language model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae.cli import main
+
+
+@pytest.fixture(scope="module")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, tiny_text_file: Path
+) -> Path:
+    """A run of 20 steps on the tiny model, trained through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    tree = {
+        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
+        "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
+        "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
+        "coder": {"d_sae": 48, "k": 4},
+        "train": {"tokens": 2560, "batch_tokens": 128},
+        "eval": {"tokens": 2000, "downstream_tokens": 500},
+        "report": {"tokens": 2000, "contexts_per_latent": 3},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    main(["train", str(folder / "tiny.yaml"), "--run.folder", str(folder / "run")])
+    return folder / "run"
+
+
+def test_eval_writes_results_and_a_table(finished_run: Path, capsys: pytest.CaptureFixture):
+    main(["eval", str(finished_run)])
+    results = json.loads((finished_run / "results.json").read_text())
+    assert results["provenance"]["hookpoint"] == "model.layers.1"
+    assert 0 < results["metrics"]["fvu"] < 1
+    assert set(results["evals"]) == {"reconstruction", "sparsity", "downstream"}
+    assert results["evals"]["downstream"]["n_tokens"] < 700
+    printed = capsys.readouterr().out
+    assert "held-out tokens" in printed
+    assert "loss recovered" in " ".join(printed.split())
+
+
+def test_eval_of_chosen_measures_to_another_file(finished_run: Path, tmp_path: Path):
+    out = tmp_path / "mine.json"
+    flags = ["--evals", "sparsity,reconstruction", "--out", str(out), "--eval.tokens", "300"]
+    main(["eval", str(finished_run), *flags])
+    results = json.loads(out.read_text())
+    assert set(results["evals"]) == {"reconstruction", "sparsity"}
+    assert results["provenance"]["n_tokens"] < 340
+
+
+def test_a_bare_dictionary_needs_only_its_text(
+    finished_run: Path, tmp_path: Path, tiny_text_file: Path
+):
+    shutil.copytree(finished_run / "final", tmp_path / "d")
+    main(
+        ["eval", str(tmp_path / "d"), "--data.source", str(tiny_text_file)]
+        + ["--data.held_out_fraction", "0.2", "--eval.tokens", "500"]
+        + ["--evals", "reconstruction"]
+    )
+    assert json.loads((tmp_path / "d/results.json").read_text())["metrics"]["fvu"] < 1
+
+
+def test_report_writes_one_file(finished_run: Path, capsys: pytest.CaptureFixture):
+    main(["report", str(finished_run)])
+    page = (finished_run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script src" not in page
+    assert str(finished_run / "report.html") in capsys.readouterr().out
+    assert (finished_run / "features.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "{run}", "--evals", "recontruction"], "reconstruction"),
+        (["eval", "/nowhere/at-all"], "must exist or be a hub id"),
+        (["eval", "{run}", "--out"], "must be followed by a value"),
+        (["eval", "{run}/final"], "`data.source` must name"),
+        (["report", "/nowhere/at-all"], "must be a run folder"),
+        (["eval", "{run}", "--model.hookpoint", "model.layers.2.mlp.up_proj"], "d_in"),
+        (["evla"], "the first word must be one of train, eval, report"),
+    ],
+)
+def test_mistakes_end_with_one_message(
+    finished_run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit) as stopped:
+        main([word.replace("{run}", str(finished_run)) for word in arguments])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("verb", ["eval", "report"])
+def test_help(verb: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: sae {verb}" in capsys.readouterr().out

@@ -58,9 +58,11 @@ def test_a_bare_dictionary_needs_only_its_text(
 ):
     shutil.copytree(finished_run / "final", tmp_path / "d")
     main(
-        ["eval", str(tmp_path / "d"), "--data.source", str(tiny_text_file)]
-        + ["--data.held_out_fraction", "0.2", "--eval.tokens", "500"]
-        + ["--evals", "reconstruction"]
+        [
+            *("eval", str(tmp_path / "d"), "--data.source", str(tiny_text_file)),
+            *("--data.held_out_fraction", "0.2", "--eval.tokens", "500"),
+            *("--evals", "reconstruction"),
+        ]
     )
     assert json.loads((tmp_path / "d/results.json").read_text())["metrics"]["fvu"] < 1
 

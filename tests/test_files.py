@@ -54,11 +54,16 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path):
         write_text(beside / "a", "1")
         assert not (tmp_path / "d").exists()
     assert (tmp_path / "d/a").read_text() == "1"
-    with pytest.raises(KeyError), new_folder(tmp_path / "d") as beside:
-        write_text(beside / "a", "2")
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail_half_way(tmp_path / "d")
     assert (tmp_path / "d/a").read_text() == "1"
     with new_folder(tmp_path / "d") as beside:
         write_text(beside / "b", "3")
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["b"]
     assert leftovers(tmp_path) == []
+
+
+def fail_half_way(folder: Path) -> None:
+    with new_folder(folder) as beside:
+        write_text(beside / "a", "2")
+        raise KeyError

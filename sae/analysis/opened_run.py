@@ -1,0 +1,43 @@
+"""A run folder with its model: dictionary, language model, hookpoint, and what the report knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sae.analysis.atlas import Atlas
+from sae.coder import SparseCoder
+from sae.configuration import read_run_config
+from sae.interop import load
+from sae.stream.hookpoints import Hookpoint, find_hookpoint
+from sae.stream.language_model import LanguageModel, load_language_model
+from sae.stream.opening import pick_device
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What analysis needs of a run; `atlas` holds what its report shows."""
+
+    coder: SparseCoder
+    lm: LanguageModel
+    hookpoint: Hookpoint
+    atlas: Atlas
+
+    @torch.no_grad()
+    def generate(self, prompt: str, n_tokens: int = 20) -> str:
+        """Return the model's most likely continuation of `prompt`."""
+        inputs = self.lm.tokenizer(prompt, return_tensors="pt").to(self.lm.device)
+        ids = self.lm.module.generate(**inputs, max_new_tokens=n_tokens, do_sample=False)
+        return self.lm.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def open_run(run: str | Path) -> OpenedRun:
+    """Open a run folder that has its report (`sae report RUN` writes the atlas)."""
+    run = Path(run)
+    cfg = read_run_config(run)
+    atlas = Atlas.load(run)
+    lm = load_language_model(cfg.model, pick_device(cfg.run.device))
+    hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
+    return OpenedRun(load(run).to(lm.device), lm, hookpoint, atlas)

@@ -1,0 +1,39 @@
+"""A finished run of the tiny model with its report, and its parts opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae.analysis import OpenedRun, open_run
+from sae.cli import main
+
+
+@pytest.fixture(scope="session")
+def reported_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, tiny_text_file: Path
+) -> Path:
+    """A run folder after `sae train`, `sae eval` and `sae report`; 96 latents."""
+    folder = tmp_path_factory.mktemp("reported")
+    tree = {
+        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
+        "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
+        "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
+        "coder": {"d_sae": 96, "k": 4},
+        "train": {"tokens": 5120, "batch_tokens": 128},
+        "eval": {"tokens": 1000, "downstream_tokens": 400},
+        "report": {"tokens": 4000, "contexts_per_latent": 3},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    run = folder / "run"
+    main(["train", str(folder / "tiny.yaml"), "--run.folder", str(run)])
+    main(["eval", str(run)])
+    main(["report", str(run)])
+    return run
+
+
+@pytest.fixture(scope="session")
+def opened_run(reported_run: Path) -> OpenedRun:
+    return open_run(reported_run)

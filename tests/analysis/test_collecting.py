@@ -1,0 +1,168 @@
+"""What is collected of every latent, against a dense computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.analysis import Atlas, OpenedRun
+from sae.analysis.features import NO_TOKEN, FeatureCollector, Features, histogram_edges
+from sae.analysis.logit_effects import find_readout, logit_effects
+from sae.analysis.neighbours import nearest_latents
+from sae.coder import SparseCoder
+from sae.config import CoderConfig
+from sae.stream.contexts import CapturedContexts
+
+D_IN, D_SAE, N, T, LEFT, RIGHT = 6, 15, 12, 9, 3, 2
+
+
+def make_coder() -> SparseCoder:
+    return SparseCoder.create(D_IN, CoderConfig(d_sae=D_SAE, k=3), seed=1)
+
+
+def make_contexts(n: int = N) -> CapturedContexts:
+    generator = torch.Generator().manual_seed(4)
+    return CapturedContexts(
+        tokens=torch.randint(0, 50, (n, T), generator=generator),
+        document_ids=torch.arange(n)[:, None].expand(n, T),
+        is_kept=torch.rand(n, T, generator=generator) > 0.2,
+        activations=torch.randn(n, T, D_IN, generator=generator),
+    )
+
+
+def part(contexts: CapturedContexts, rows: slice) -> CapturedContexts:
+    names = ("tokens", "document_ids", "is_kept", "activations")
+    return CapturedContexts(**{name: getattr(contexts, name)[rows] for name in names})
+
+
+def collected(splits: list[int]) -> Features:
+    coder, contexts, start = make_coder(), make_contexts(), 0
+    collector = FeatureCollector(D_SAE, contexts_per_latent=4, left=LEFT, right=RIGHT)
+    for size in [*splits, N - sum(splits)]:
+        collector.update(coder, part(contexts, slice(start, start + size)))
+        start += size
+    return collector.features()
+
+
+def dense_code() -> torch.Tensor:
+    contexts = make_contexts()
+    with torch.no_grad():
+        return make_coder().encode(contexts.activations) * contexts.is_kept[..., None]
+
+
+def test_counts_and_maxima_are_those_of_the_dense_code():
+    features, code = collected([]), dense_code()
+    assert torch.equal(features.firing_counts, (code != 0).sum((0, 1)))
+    torch.testing.assert_close(features.max_activations, code.amax((0, 1)))
+    assert features.n_tokens == int(make_contexts().is_kept.sum())
+    assert features.l0 == pytest.approx(float((code != 0).sum()) / features.n_tokens)
+    assert torch.equal(features.histogram.sum(1), features.firing_counts)
+
+
+def test_the_histogram_counts_by_edges():
+    features, code, edges = collected([]), dense_code(), histogram_edges()
+    for latent in range(D_SAE):
+        values = code[..., latent][code[..., latent] != 0].double()
+        expected = torch.histogram(values, edges).hist.long()
+        assert torch.equal(features.histogram[latent], expected)
+
+
+def test_contexts_are_each_sequences_strongest_token_with_its_surroundings():
+    features, code, tokens = collected([]), dense_code(), make_contexts().tokens
+    for latent in range(D_SAE):
+        peaks = code[..., latent].amax(1)
+        expected = peaks.sort(descending=True).values[:4]
+        expected = expected[expected > 0]
+        torch.testing.assert_close(features.peaks[latent][: len(expected)], expected)
+        assert torch.isinf(features.peaks[latent][len(expected) :]).all()
+        for row in range(len(expected)):
+            sequence = int(features.sequence_ids[latent, row])
+            peak = int(code[sequence, :, latent].argmax())
+            for window, place in enumerate(range(peak - LEFT, peak + RIGHT + 1)):
+                is_inside = 0 <= place < T
+                token = int(tokens[sequence, place]) if is_inside else NO_TOKEN
+                value = float(code[sequence, place, latent]) if is_inside else 0.0
+                assert int(features.tokens[latent, row, window]) == token
+                assert float(features.activations[latent, row, window]) == pytest.approx(value)
+
+
+@given(st.lists(st.integers(0, 4), max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_any_split_into_batches_gives_the_same(splits: list[int]):
+    whole, parts = collected([]), collected(splits)
+    for name in ("firing_counts", "histogram", "peaks", "sequence_ids", "tokens", "activations"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_merging_two_passes_is_one_pass():
+    coder, contexts = make_coder(), make_contexts()
+    first, second = (FeatureCollector(D_SAE, contexts_per_latent=4) for _ in range(2))
+    first.update(coder, part(contexts, slice(0, 5)))
+    second.update(coder, part(contexts, slice(5, N)))
+    first.merge(second)
+    whole = FeatureCollector(D_SAE, contexts_per_latent=4)
+    whole.update(coder, contexts)
+    for name in ("firing_counts", "histogram", "peaks", "sequence_ids", "tokens"):
+        assert torch.equal(getattr(first.features(), name), getattr(whole.features(), name)), name
+
+
+def test_nothing_kept_is_nothing_found():
+    contexts = make_contexts()
+    silent = CapturedContexts(
+        contexts.tokens,
+        contexts.document_ids,
+        torch.zeros_like(contexts.is_kept),
+        contexts.activations,
+    )
+    collector = FeatureCollector(D_SAE)
+    collector.update(make_coder(), silent)
+    features = collector.features()
+    assert features.n_tokens == 0
+    assert features.max_activations.tolist() == [0.0] * D_SAE
+
+
+def test_neighbours_are_the_largest_cosines():
+    W_dec = make_coder().W_dec.detach() * torch.arange(1, D_SAE + 1)[:, None]
+    cosines = torch.nn.functional.cosine_similarity(W_dec[:, None], W_dec[None], dim=2)
+    cosines.fill_diagonal_(-2)
+    expected = cosines.topk(5).values
+    for chunk in (4, 100):
+        torch.testing.assert_close(nearest_latents(W_dec, chunk=chunk).cosines, expected)
+
+
+def test_logit_effects_are_the_jacobian_of_the_readout(opened_run: OpenedRun):
+    """Moving the residual along d_k moves the logits as said, up to a factor and a shift."""
+    model, d = opened_run.lm.module, opened_run.coder.W_dec[:7].detach()
+    readout, note = find_readout(model, d.shape[1])
+    assert readout is not None
+    assert note == ""
+    effects = logit_effects(readout, d, n_tokens=4)
+    norm, head = model.model.norm, model.get_output_embeddings()
+    with torch.no_grad():
+        direct = d * norm.weight @ head.weight.T
+        z = (direct - direct.mean(1, keepdim=True)) / direct.std(1, keepdim=True, correction=0)
+    torch.testing.assert_close(effects.promoted, z.topk(4).values, rtol=1e-4, atol=1e-4)
+    low = z.topk(4, largest=False).values
+    torch.testing.assert_close(effects.suppressed, low, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(effects.scores, z.amax(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_width_that_the_unembedding_does_not_read_is_said(opened_run: OpenedRun):
+    readout, note = find_readout(opened_run.lm.module, 99)
+    assert readout is None
+    assert "99" in note
+
+
+def test_an_atlas_saves_and_loads(opened_run: OpenedRun, tmp_path: Path):
+    atlas = opened_run.atlas
+    atlas.save(tmp_path)
+    again = Atlas.load(tmp_path)
+    assert again.contexts(3) == atlas.contexts(3)
+    assert again.promoted(3) == atlas.promoted(3)
+    assert torch.equal(again.neighbours.latents, atlas.neighbours.latents)
+    with pytest.raises(ValueError, match="sae report RUN"):
+        Atlas.load(tmp_path / "nothing")

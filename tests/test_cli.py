@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sae.cli import main
+from sae.cli import VERBS, main
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,26 @@ def test_help(verb: str, capsys: pytest.CaptureFixture):
         main([verb, "--help"])
     assert stopped.value.code == 0
     assert f"usage: sae {verb}" in capsys.readouterr().out
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    """Only what the code raises on purpose is shown without one."""
+
+    def broken(_arguments: object) -> None:
+        from sae.coder import latents
+
+        latents.from_dense(None)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setitem(VERBS, "broken", broken)
+    with pytest.raises(AttributeError):
+        main(["broken"])
+
+
+def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "interrupted", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["interrupted"])
+    assert stopped.value.code == 130

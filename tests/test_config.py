@@ -133,3 +133,21 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "--coder.k INT" in done.stdout
+
+
+def test_yamls_surprises_are_undone():
+    """YAML 1.1 reads 1e-3 as text and an unquoted no as False."""
+    import yaml
+
+    tree = yaml.safe_load("lr: 1e-3\nmixed_precision: no")
+    cfg = from_flat({f"train.{key}": value for key, value in tree.items()})
+    assert cfg.train.lr == 1e-3
+    assert cfg.train.mixed_precision == "no"
+    with pytest.raises(TypeError, match=r"`train\.lr` must be"):
+        from_flat({"train.lr": "fast"})
+
+
+@pytest.mark.parametrize("betas", [[0.9], [0.9, 0.99, 0.999]])
+def test_a_pair_has_two_members(betas: list[float]):
+    with pytest.raises(TypeError, match="adam_betas"):
+        from_flat({"train.adam_betas": betas})

@@ -67,3 +67,12 @@ def fail_half_way(folder: Path) -> None:
     with new_folder(folder) as beside:
         write_text(beside / "a", "2")
         raise KeyError
+
+
+def test_a_folder_that_stepped_aside_before_a_kill_comes_back(tmp_path: Path):
+    with new_folder(tmp_path / "d") as beside:
+        write_text(beside / "a", "1")
+    (tmp_path / "d").rename(tmp_path / ".d.old")
+    with pytest.raises(KeyError):
+        fail_half_way(tmp_path / "d")
+    assert (tmp_path / "d/a").read_text() == "1"

@@ -32,10 +32,13 @@ def save_dictionary(coder: SparseCoder, folder: str | Path) -> None:
     Errors: ValueError where the folder holds something else.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CFG_FILE).exists():
+    others = (
+        {p.name for p in folder.iterdir()} - {CFG_FILE, WEIGHTS_FILE} if folder.is_dir() else ()
+    )
+    if others:
         raise ValueError(
-            f"`{folder}` must be empty or hold a dictionary; it holds other files. "
-            "Choose another folder."
+            f"`{folder}` must be empty or hold a dictionary alone; it also holds "
+            f"{sorted(others)[:5]}. Choose another folder."
         )
     with new_folder(folder) as beside:
         write_dictionary_files(coder, beside)
@@ -74,12 +77,20 @@ def load_dictionary(folder: str | Path) -> SparseCoder:
     Errors: ValueError naming the file that is missing, truncated or of another shape.
     """
     folder = Path(folder)
-    config = read_json(folder / CFG_FILE)
+    config = read_config(folder / CFG_FILE)
     tensors = read_weights(folder / WEIGHTS_FILE)
     coder = SparseCoder(config["d_in"], coder_config(config, folder), our_metadata(config))
     _check_shapes(coder, tensors, folder / WEIGHTS_FILE)
     fill_(coder, config, tensors)
     return coder
+
+
+def read_config(path: Path) -> dict:
+    """Read a `cfg.json`, naming it where it says no sizes."""
+    config = read_json(path)
+    if not isinstance(config, dict) or not {"d_in", "d_sae"} <= config.keys():
+        raise ValueError(f"`{path}` must give d_in and d_sae; it does not.")
+    return config
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

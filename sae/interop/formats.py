@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from sae.coder import SparseCoder, load_dictionary
-from sae.coder.dictionary import CFG_FILE, WEIGHTS_FILE, coder_config, our_metadata
-from sae.files import read_json
+from sae.coder.dictionary import CFG_FILE, WEIGHTS_FILE, coder_config, our_metadata, read_config
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
@@ -58,6 +57,8 @@ def load(path: str | Path, format: str | None = None, *, allow_pickle: bool = Fa
     if place.is_file() and place.suffix in PICKLE_SUFFIXES:
         return load_state_dict_file(place, allow_pickle=allow_pickle)
     place = dictionary_folder(place)
+    if not place.is_dir():
+        raise ValueError(f"`path` must hold a folder of that name; {path} has none.")
     for row in [FORMATS[format]] if format else FORMATS.values():
         if row.is_here(place):
             return row.read(place)
@@ -79,18 +80,25 @@ def dictionary_folder(path: Path) -> Path:
 
 def load_state_dict_file(path: Path, *, allow_pickle: bool) -> SparseCoder:
     """Read `torch.save(coder.state_dict())`, whose `cfg.json` lies beside it."""
-    config = read_json(path.with_name(CFG_FILE)) if path.with_name(CFG_FILE).exists() else None
-    if config is None:
+    if not path.with_name(CFG_FILE).exists():
         raise ValueError(f"`{path}` must lie beside its {CFG_FILE}; it is not there.")
+    config = read_config(path.with_name(CFG_FILE))
     coder = SparseCoder(config["d_in"], coder_config(config, path.parent), our_metadata(config))
     state = _read_pickle(path, allow_pickle)
-    coder.load_state_dict({name: state[name] for name in coder.state_dict()})
+    try:
+        coder.load_state_dict({name: state[name] for name in coder.state_dict()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{path}` must hold {list(coder.state_dict())} in the shapes of {CFG_FILE}; {error}."
+        ) from error
     return coder
 
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"`{path}` must be a whole torch file; {error}.") from error
     except pickle.UnpicklingError as error:
         if allow_pickle:
             return torch.load(path, map_location="cpu", weights_only=False)

@@ -54,7 +54,12 @@ class ArraySource:
 
     def __init__(self, rows: Tensor, name: str, seed: int, rank: int = 0, world_size: int = 1):
         require_matrix(rows, name)
-        self.rows, self.name, self.d_in = rows, name, rows.shape[1]
+        if len(rows) < world_size:
+            raise ValueError(
+                f"`{name}` must hold a row for each of {world_size} processes; it holds "
+                f"{len(rows)}. Launch fewer."
+            )
+        self.rows, self.name, self.d_in = rows.detach(), name, rows.shape[1]
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.position = 0, 0
         self._order = self._permutation()
@@ -88,17 +93,32 @@ class ArraySource:
         return sample
 
     def state(self) -> SourceState:
-        """Return the place in the data."""
-        return SourceState({"epoch": self.epoch, "position": self.position})
+        """Return the place in the data, and which data it is."""
+        place = {"epoch": self.epoch, "position": self.position}
+        return SourceState({**place, "data": self._identity()})
 
     def load_state(self, state: SourceState) -> None:
-        """Continue bit for bit from a saved place."""
+        """Continue bit for bit from a saved place.
+
+        Errors: ValueError where the place is in other data.
+        """
+        if state.position["data"] != self._identity():
+            raise ValueError(
+                "a run must be resumed on the data it began with; it began with "
+                f"{state.position['data']}, now {self._identity()}."
+            )
         self.epoch, self.position = state.position["epoch"], state.position["position"]
         self._order = self._permutation()
 
     def metadata(self) -> dict[str, object]:
         """Return where the rows came from."""
         return {"hook_name": self.name}
+
+    def _identity(self) -> dict[str, float]:
+        """Return what tells one data set from another: its shape and a sum over a sample."""
+        shape = {"n_rows": len(self.rows), "d_in": self.d_in}
+        share = {"rank": self.rank, "world_size": self.world_size, "seed": self.seed}
+        return {**shape, **share, "sum": float(self.calibration_sample().double().sum())}
 
     def _permutation(self) -> Tensor:
         """Return this process's rows of the epoch: every world_size-th of one global order."""
@@ -130,7 +150,12 @@ class IteratorSource:
         return batch
 
     def calibration_sample(self) -> Tensor:
-        """Return the first rows, which stay in line to be trained on."""
+        """Return up to 16,384 first rows, which stay in line to be trained on."""
+        while len(self.pending) < CALIBRATION_ROWS:
+            try:
+                self.pending = torch.cat([self.pending, self._pull()])
+            except EndOfActivationsError:
+                break
         return self.pending[:CALIBRATION_ROWS].float()
 
     def state(self) -> SourceState:
@@ -149,7 +174,7 @@ class IteratorSource:
         return {}
 
     def _pull(self) -> Tensor:
-        rows = torch.as_tensor(self._next())
+        rows = torch.as_tensor(self._next()).detach()
         require_matrix(rows, self.name)
         require_finite(rows, self.name, "of one batch")
         return rows
@@ -158,10 +183,14 @@ class IteratorSource:
         try:
             return next(self.batches)
         except StopIteration:
-            raise ValueError(
+            raise EndOfActivationsError(
                 "the iterator of activations must last for `tokens` rows; it ended early. "
                 "Lower `tokens`, or give an iterator that begins anew."
             ) from None
+
+
+class EndOfActivationsError(ValueError):
+    """An iterator ended before the run did."""
 
 
 def require_matrix(rows: Tensor, name: str) -> None:

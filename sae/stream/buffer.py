@@ -75,10 +75,13 @@ class ShuffleBuffer:
 
         Errors: ValueError where the storage has another shape.
         """
-        if storage.shape != self.storage.shape:
+        wanted, given = (
+            (tuple(s.shape), str(s.dtype).removeprefix("torch.")) for s in (self.storage, storage)
+        )
+        if given != wanted:
             raise ValueError(
-                f"the saved buffer must have shape {tuple(self.storage.shape)}; got "
-                f"{tuple(storage.shape)}. Resume with the `stream` settings of the saved run."
+                f"the saved buffer must have shape and dtype {wanted}; got {given}. "
+                "Resume with the `stream` settings of the saved run."
             )
         self.storage.copy_(storage)
         self.is_filled = bool(position["is_filled"])

@@ -66,6 +66,7 @@ class LanguageModelSource:
         make_contexts: makes a `ContextStream` at its beginning; called once to train from and once
             for every calibration, so that calibrating consumes nothing.
         max_norm_ratio: drop tokens whose norm exceeds this multiple of the calibration's median.
+        over_ranks: averages a number over the processes that train together.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class LanguageModelSource:
         seed: int,
         device: torch.device,
         max_norm_ratio: float | None = None,
+        over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ):
         self.lm, self.hookpoint, self.cfg = lm, hookpoint, cfg
         self.make_contexts, self.contexts = make_contexts, make_contexts()
         self.name = str(hookpoint)
         self.d_in = width(lm.module, hookpoint, lm.device)
         self.max_norm_ratio, self.max_norm = max_norm_ratio, None
-        self.context_size = context_size
+        self.context_size, self.over_ranks = context_size, over_ranks
         self.pending, self.n_filled = torch.empty(0, self.d_in), 0
         self._tell: Callable[[int, int], None] = _tell_nobody
         self.buffer = ShuffleBuffer(
@@ -111,6 +113,7 @@ class LanguageModelSource:
 
     def calibration_sample(self) -> Tensor:
         """Return activations from the beginning of the text and set the norm filter from them."""
+        self.max_norm = None
         contexts = self.make_contexts()
         batch_size = min(self.cfg.sequences_per_forward, self.cfg.calibration_sequences)
         n_batches = -(-self.cfg.calibration_sequences // batch_size)
@@ -118,7 +121,8 @@ class LanguageModelSource:
         sample = torch.cat(rows).float()
         if self.max_norm_ratio is not None:
             norms = sample.norm(dim=1)
-            self.max_norm = self.max_norm_ratio * float(norms.median())
+            median = self.over_ranks(norms.median().to(self.lm.device))
+            self.max_norm = self.max_norm_ratio * float(median)
             sample = sample[norms <= self.max_norm]
         return sample
 

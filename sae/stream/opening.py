@@ -74,12 +74,12 @@ def _require_fitting_contexts(cfg: Config, lm: LanguageModel) -> None:
         )
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device that `run.device` means; auto is a GPU where there is one.
+def pick_device(name: str, field: str = "run.device") -> torch.device:
+    """Return the device that a setting means; auto is a GPU where there is one.
 
     Errors: RuntimeError where a GPU is asked for and none is visible.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("`run.device` cuda needs a GPU; none is visible. Use auto or cpu.")
+        raise RuntimeError(f"`{field}` cuda needs a GPU; none is visible. Use auto or cpu.")
     is_gpu = name != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if is_gpu else "cpu")

@@ -3,7 +3,7 @@
 checkpoints/step_00000250/
     cfg.json, sae_weights.safetensors    the dictionary in raw units, ready to load
     trainer.json, trainer.safetensors    `TrainState`, in training units
-    source_0.json, source_0.safetensors  each process's place in the stream, with its buffer
+    rank_0.json, rank_0.safetensors      each process's place in the stream, buffer and counts
     manifest.json                        size and CRC-32 of every other file
 """
 
@@ -13,17 +13,17 @@ import shutil
 import zlib
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from sae.coder import to_raw_units
 from sae.coder.dictionary import write_dictionary_files
-from sae.files import explained_write, new_folder, read_json, write_json, write_tensors
+from sae.files import new_folder, partial_path, read_json, write_json, write_tensors
 from sae.stream.source import SourceState
 from sae.train.state import TrainState
 
 MANIFEST = "manifest.json"
+TRAINER_TENSORS = "trainer.safetensors"
+SOURCE = "source."
 
 
 def save_checkpoint(state: TrainState, run: Path, accelerator: Accelerator, *, keep: int) -> Path:
@@ -32,18 +32,20 @@ def save_checkpoint(state: TrainState, run: Path, accelerator: Accelerator, *, k
     All processes call this together; the folder must be on a disk that they share.
     """
     path = run / "checkpoints" / f"step_{state.step:08d}"
+    rank = accelerator.process_index
     if accelerator.is_main_process:
+        _remove_leftovers(run)
         with new_folder(path) as beside:
             _write_shared(state, beside)
-            _write_source(state, beside, accelerator)
-            accelerator.wait_for_everyone()
-            accelerator.wait_for_everyone()
+            _write_own(state, beside, rank)
+            accelerator.wait_for_everyone()  # the folder is there: the others write theirs
+            accelerator.wait_for_everyone()  # they have
             write_json(beside / MANIFEST, _fingerprints(beside))
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     else:
         accelerator.wait_for_everyone()
-        _write_source(state, path.with_name(f".{path.name}.partial"), accelerator)
+        _write_own(state, partial_path(path), rank)
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()
     return path
@@ -56,18 +58,18 @@ def load_checkpoint(state: TrainState, path: Path, accelerator: Accelerator) -> 
     number of processes.
     """
     verify(path)
-    n_sources = len(list(path.glob("source_*.json")))
+    n_sources = len(list(path.glob("rank_*.json")))
     if n_sources != accelerator.num_processes:
         raise ValueError(
             f"a run must be resumed on as many processes as it was saved on; {path.name} was saved "
             f"by {n_sources}, now {accelerator.num_processes} run. Launch {n_sources}."
         )
     rank = accelerator.process_index
-    source = load_file(path / f"source_{rank}.safetensors")
-    position = read_json(path / f"source_{rank}.json")
-    source.pop("empty", None)
-    state.load_(read_json(path / "trainer.json"), load_file(path / "trainer.safetensors"))
-    state.source.load_state(SourceState(position, source))
+    own = load_file(path / f"rank_{rank}.safetensors")
+    state.load_(read_json(path / "trainer.json"), {**load_file(path / TRAINER_TENSORS), **own})
+    source = {name.removeprefix(SOURCE): t for name, t in own.items() if name.startswith(SOURCE)}
+    state.source.load_state(SourceState(read_json(path / f"rank_{rank}.json"), source))
+    state.coder.metadata |= state.source.metadata()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -112,15 +114,26 @@ def _fingerprints(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _write_shared(state: TrainState, folder: Path) -> None:
-    write_dictionary_files(to_raw_units(state.coder, state.calibration.scale), folder)
+    write_dictionary_files(state.raw_coder(), folder)
     write_json(folder / "trainer.json", state.scalars())
-    write_tensors(folder / "trainer.safetensors", state.tensors())
+    write_tensors(folder / TRAINER_TENSORS, state.tensors())
 
 
-def _write_source(state: TrainState, folder: Path, accelerator: Accelerator) -> None:
-    rank, source = accelerator.process_index, state.source.state()
-    with explained_write(folder):
-        # safetensors cannot hold no tensor at all.
-        tensors = source.tensors or {"empty": torch.zeros(1)}
-        write_tensors(folder / f"source_{rank}.safetensors", tensors)
-        write_json(folder / f"source_{rank}.json", source.position)
+def _write_own(state: TrainState, folder: Path, rank: int) -> None:
+    source = state.source.state()
+    tensors = {f"{SOURCE}{name}": tensor for name, tensor in source.tensors.items()}
+    write_tensors(folder / f"rank_{rank}.safetensors", {**state.own_tensors(), **tensors})
+    write_json(folder / f"rank_{rank}.json", source.position)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a half-removed one is never taken for whole."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_leftovers(run: Path) -> None:
+    """Remove what a kill left half-written or half-removed."""
+    for folder in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -42,7 +42,11 @@ class DeadLatents:
         self.indices = dead[longest].sort().values
 
     def share(self, tokens_seen: int) -> Tensor:
-        """Return the share of latents that are dead, a scalar on the device."""
+        """Return the share of latents that are dead, a scalar on the device.
+
+        All processes call this together.
+        """
+        max_over_ranks(self.last_fired_at)
         return self._is_dead(tokens_seen).double().mean()
 
     def _is_dead(self, tokens_seen: int) -> Tensor:

@@ -7,13 +7,27 @@ refused.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from sae.config import RunConfig, TrainConfig
 from sae.stream.opening import pick_device
+
+SIZE_VARIABLES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+# The first process may download and convert a model while the others wait for it.
+PATIENCE = timedelta(hours=3)
+PLAIN_KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
@@ -22,22 +36,50 @@ def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
     Errors: RuntimeError where the launcher started several processes that do not see each other,
     or where the device asked for is not there; ValueError where the batch cannot be divided.
     """
-    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
+    device = pick_device(run.device)
+    _forget_another_device(device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",  # the trainer's module has its own autocast
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     require_synchronised(accelerator)
+    require_plain(accelerator, device)
     require_divisible(train, accelerator.num_processes)
     return accelerator
 
 
 def require_synchronised(accelerator: Accelerator) -> None:
     """Stop where the launcher started more processes than the accelerator joins together."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = max(int(os.environ.get(name, "1")) for name in SIZE_VARIABLES)
     if launched != accelerator.num_processes:
         raise RuntimeError(
             f"all launched processes must train one coder; {launched} were launched, but "
             f"`Accelerator` joins {accelerator.num_processes}, so each would train its own "
             "unsynchronised copy. On CPU make it with `Accelerator(cpu=True)` or set "
-            "ACCELERATE_USE_CPU=true; on GPUs launch one process a GPU."
+            "ACCELERATE_USE_CPU=true; on GPUs launch one process a GPU with accelerate or torchrun."
         )
+
+
+def require_plain(accelerator: Accelerator, device: torch.device) -> None:
+    """Stop where the launcher asks for what this trainer does not do."""
+    if accelerator.distributed_type not in PLAIN_KINDS:
+        raise RuntimeError(
+            "the launcher must ask for plain data-parallel training; it asks for "
+            f"{accelerator.distributed_type.value}. Run `accelerate config` again without it."
+        )
+    if accelerator.device.type != device.type:
+        raise RuntimeError(
+            f"`run.device` asks for {device.type}, but the launcher (or ACCELERATE_USE_CPU) chose "
+            f"{accelerator.device.type}. Change one of the two."
+        )
+
+
+def _forget_another_device(device: torch.device) -> None:
+    """Let one process train on another device than before: accelerate keeps the first for good."""
+    state = AcceleratorState._shared_state
+    if state and state["device"].type != device.type and not dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def require_divisible(train: TrainConfig, world_size: int) -> None:
@@ -56,6 +98,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM)
     return x
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Return the mean of `x` over all processes."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return sum_over_ranks(x.clone()) / world_size
 
 
 def max_over_ranks(x: Tensor) -> Tensor:

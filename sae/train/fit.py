@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ from sae.coder import SparseCoder, save_dictionary
 from sae.config import ActivationName, Config
 from sae.configuration import dotted_keys, from_flat, unknown_key_message
 from sae.stream.arrays import open_source
-from sae.train.distributed import make_accelerator
+from sae.train.distributed import make_accelerator, require_divisible
 from sae.train.folder import require_free
 from sae.train.run import prepare_folder, resolve
 from sae.train.trainer import train_coder
 
-SECTIONS = ("coder", "train", "stream", "run")
+# What applies to activations that already exist; the rest of `stream` is about making them.
+SETTINGS = tuple(
+    key
+    for key, _ in dotted_keys()
+    if key.split(".")[0] in ("coder", "train", "run") or key == "stream.scale"
+)
+NEED_FOLDER = ("trackers", "wandb_project", "resume", "checkpoint_every_steps", "keep_checkpoints")
 
 
 def fit(
@@ -36,12 +43,13 @@ def fit(
         tokens: rows trained on, counting repeats; None: ten passes over a tensor, array or path,
             at least 100,000.
         progress: show a progress bar.
-        overrides: any other setting of the sections coder, train, stream and run by its name, such
-            as lr=1e-3, batch_tokens=1024, seed=1, folder="runs/mine" (which keeps log, checkpoints
-            and the dictionary) and resume="auto".
+        overrides: any other setting of the sections coder, train and run, and `scale`, by its
+            name: lr=1e-3, batch_tokens=1024, seed=1, device="cpu", folder="runs/mine" (which keeps
+            log, checkpoints and the dictionary), resume="auto".
 
     Errors: ValueError for settings that cannot work and for activations that are not finite.
     """
+    require_folder_for(overrides)
     given = {"d_sae": d_sae, "k": k, "activation": activation, **overrides}
     cfg = from_flat({_dotted(name): value for name, value in given.items()})
     accelerator = make_accelerator(cfg.run, cfg.train)
@@ -52,9 +60,13 @@ def fit(
         world_size=accelerator.num_processes,
     )
     cfg = from_flat(_length(tokens, source, cfg), cfg)
+    require_divisible(cfg.train, accelerator.num_processes)
     folder = Path(cfg.run.folder) if cfg.run.folder else None
     if folder is not None:
-        require_free(folder, cfg)
+        source.state()  # an iterator has none, and says so
+        if accelerator.is_main_process:
+            require_free(folder, cfg)
+        accelerator.wait_for_everyone()
     cfg = resolve(cfg, source.d_in, folder, accelerator.device)
     resume_from = prepare_folder(cfg, folder, accelerator) if folder else None
     coder = train_coder(
@@ -62,17 +74,25 @@ def fit(
     )
     if folder is not None and accelerator.is_main_process:
         save_dictionary(coder, folder / "final")
+    accelerator.wait_for_everyone()
     return coder
+
+
+def require_folder_for(overrides: Mapping[str, Any]) -> None:
+    """Refuse settings that do nothing where nothing is kept."""
+    idle = [name for name in NEED_FOLDER if name in overrides]
+    if idle and not overrides.get("folder"):
+        raise ValueError(
+            f'`{idle[0]}` needs a run\'s folder; got none. Give folder="runs/mine" too.'
+        )
 
 
 def _dotted(name: str) -> str:
     """Return the dotted key of a setting's bare name."""
-    known = dict(dotted_keys())
-    matches = [key for key in known if key.split(".") in [[s, name] for s in SECTIONS]]
-    if not matches:
-        bare = {key.split(".")[1]: None for key in known if key.split(".")[0] in SECTIONS}
+    bare = {key.split(".")[1]: key for key in SETTINGS}
+    if name not in bare:
         raise ValueError(unknown_key_message(name, bare))
-    return matches[0]
+    return bare[name]
 
 
 def _length(tokens: int | None, source: Any, cfg: Config) -> dict[str, int]:

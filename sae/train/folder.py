@@ -20,12 +20,17 @@ from sae.files import write_json, write_text
 # What may differ between a run and its continuation: nothing that changes the numbers.
 MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
 MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
+EARLY_FILES = {CONFIG_FILE, "env.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb"} | {
+    "wandb_id.txt"
+}
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "triton", "numpy")
 
 
 def require_free(folder: Path, cfg: Config) -> None:
     """Refuse a folder that holds another run, or anything else, before work starts."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`run.folder` must be a folder; {folder} is a file. Choose another.")
+    if not folder.exists() or holds_no_result(folder):
         return
     if not (folder / CONFIG_FILE).exists():
         raise ValueError(
@@ -41,7 +46,7 @@ def require_free(folder: Path, cfg: Config) -> None:
 
 def require_same(folder: Path, cfg: Config) -> None:
     """Refuse to continue a run under settings that would make it another run."""
-    if not (folder / CONFIG_FILE).exists():
+    if holds_no_result(folder):
         return
     before, now = flatten(read_run_config(folder)), flatten(cfg)
     changed = [key for key in now if before[key] != now[key] and not _may_differ(key)]
@@ -71,6 +76,13 @@ def environment(device: torch.device, n_processes: int) -> dict[str, object]:
         "commit": _commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def holds_no_result(folder: Path) -> bool:
+    """Say whether a folder is empty, or holds a run that ended before its first checkpoint."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    has_result = "final" in names or any((folder / "checkpoints").glob("step_*"))
+    return not has_result and names <= EARLY_FILES
 
 
 def _may_differ(key: str) -> bool:

@@ -12,7 +12,15 @@ from sae.train.distributed import max_over_ranks
 
 
 class Interrupted(SystemExit):
-    """Training stopped because a signal asked for it; exits with 128 + the signal's number."""
+    """Training stopped because a signal asked for it; exits with 128 + the signal's number.
+
+    Attributes:
+        is_saved: whether a checkpoint has the state.
+    """
+
+    def __init__(self, number: int, *, is_saved: bool):
+        super().__init__(128 + number)
+        self.is_saved = is_saved
 
 
 class Interrupt:

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sae.config import TrainConfig
+from sae.train.schedule import n_steps
+
 LINES_WITHOUT_TERMINAL = 20
 
 
@@ -15,13 +18,13 @@ class TrainProgress:
     """Show tokens, tokens/s, time left, FVU, L0 and the dead share.
 
     Args:
-        total_tokens: of the run. seen_tokens: where a resumed run starts.
+        cfg: says how long the run is. seen_tokens: where a resumed run starts.
         is_shown: False on all but the main process, and where nobody should be told.
     """
 
-    def __init__(self, total_tokens: int, *, seen_tokens: int = 0, is_shown: bool = True):
+    def __init__(self, cfg: TrainConfig, *, seen_tokens: int = 0, is_shown: bool = True):
         self.console = Console(quiet=not is_shown, stderr=True)
-        self.total, self.last_line = total_tokens, time.monotonic()
+        self.total, self.last_line = n_steps(cfg) * cfg.batch_tokens, time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -33,7 +36,7 @@ class TrainProgress:
             transient=True,
         )
         self._task = self._bar.add_task(
-            "training", total=total_tokens, completed=seen_tokens, figures=""
+            "training", total=self.total, completed=seen_tokens, figures=""
         )
         self._next_line = 0.0
 

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from sae.coder import save_dictionary
 from sae.coder.coder import resolve as resolve_coder
 from sae.config import Config
+from sae.configuration import from_flat
 from sae.stream.live import LanguageModelSource, buffer_tokens
-from sae.stream.opening import open_model, require_complete
+from sae.stream.opening import open_model, pick_device, require_complete
 from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
-from sae.train.distributed import make_accelerator
+from sae.train.distributed import make_accelerator, mean_over_ranks
 from sae.train.folder import require_free, require_same, write_run_files
 from sae.train.trainer import train_coder
 
@@ -27,13 +28,14 @@ from sae.train.trainer import train_coder
 def run(cfg: Config) -> Path:
     """Train as `cfg` says and return the run's folder; its `final/` holds the dictionary."""
     require_complete(cfg)
+    pick_device(cfg.stream.device, "stream.device")
     accelerator = make_accelerator(cfg.run, cfg.train)
     folder = Path(cfg.run.folder or "runs/run")
     if accelerator.is_main_process:
         require_free(folder, cfg)
     accelerator.wait_for_everyone()
     source = open_source(cfg, accelerator)
-    cfg = resolve(cfg, source.d_in, folder, accelerator.device)
+    cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, accelerator.device)
     resume_from = prepare_folder(cfg, folder, accelerator)
     coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
     if accelerator.is_main_process:
@@ -57,6 +59,7 @@ def open_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
         seed=cfg.run.seed * 1009 + rank,
         device=accelerator.device,
         max_norm_ratio=cfg.data.max_norm_ratio,
+        over_ranks=mean_over_ranks,
     )
 
 
@@ -72,6 +75,12 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
         stream=replace(cfg.stream, buffer_tokens=tokens_held),
         run=replace(cfg.run, folder=str(folder) if folder else None),
     )
+
+
+def with_dtypes(cfg: Config, source: LanguageModelSource) -> Config:
+    """Return `cfg` with the dtypes that this machine chose, so that another keeps to them."""
+    dtypes = {"model.dtype": source.lm.dtype, "stream.dtype": source.buffer.storage.dtype}
+    return from_flat({key: str(t).removeprefix("torch.") for key, t in dtypes.items()}, cfg)
 
 
 def prepare_folder(cfg: Config, folder: Path, accelerator: Accelerator) -> Path | None:

@@ -1,7 +1,7 @@
 """Everything of a run that must survive a kill, in one place.
 
-`tensors` and `scalars` name it; `checkpoint` writes and reads them. The source's own state is
-written beside them, by each process.
+`scalars` and `tensors` are the same on every process and written once; `own_tensors` and the
+source's state are each process's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder
+from sae.coder import SparseCoder, to_raw_units
 from sae.stream.source import ActivationSource
 from sae.train.dead import DeadLatents
 from sae.train.metrics import MetricSums
@@ -24,12 +24,13 @@ class Calibration:
     """What was estimated before the first step.
 
     scale: factor that the coder's inputs are multiplied by. variance: mean squared distance of
-    scaled activations from their mean. centre: (d_in), b_dec's start, in scaled units.
+    scaled activations from their mean. mean: (d_in), in scaled units. b_dec: (d_in), its start.
     """
 
     scale: float
     variance: float
-    centre: Tensor
+    mean: Tensor
+    b_dec: Tensor
 
 
 @dataclass
@@ -42,7 +43,19 @@ class TrainState:
     metrics: MetricSums
     source: ActivationSource
     calibration: Calibration
+    batch_tokens: int
     step: int = 0
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that all finished steps trained on, over all processes."""
+        return self.step * self.batch_tokens
+
+    def raw_coder(self) -> SparseCoder:
+        """Return a copy of the coder that works on raw activations: what is saved."""
+        raw = to_raw_units(self.coder, self.calibration.scale)
+        raw.metadata["sae_training_tokens"] = self.tokens_seen
+        return raw
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that is plain numbers."""
@@ -57,10 +70,15 @@ class TrainState:
         return {
             **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
             **dict(self._adam_tensors()),
-            **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
-            "centre": self.calibration.centre,
-            "dead.last_fired_at": self.dead.last_fired_at,
+            "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,
+        }
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return this process's counts since the processes last added them up; live tensors."""
+        return {
+            **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
+            "dead.last_fired_at": self.dead.last_fired_at,
         }
 
     def load_(self, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -72,7 +90,7 @@ class TrainState:
         self._make_adam_state()
         device = self.dead.indices.device
         self.dead.indices = tensors["dead.indices"].to(device)
-        for name, value in self.tensors().items():
+        for name, value in {**self.tensors(), **self.own_tensors()}.items():
             if name != "dead.indices":
                 value.copy_(tensors[name])
 

@@ -16,13 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sae.coder import (
-    Latents,
-    SparseCoder,
-    normalise_decoder_,
-    project_decoder_gradient_,
-    to_raw_units,
-)
+from sae.coder import Latents, SparseCoder, normalise_decoder_, project_decoder_gradient_
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import initial_b_dec
 from sae.coder.losses import LossInputs, extra_losses, reconstruction_loss
@@ -30,7 +24,7 @@ from sae.config import Config
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
 from sae.train.dead import DeadLatents
-from sae.train.distributed import sum_over_ranks
+from sae.train.distributed import mean_over_ranks
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.metrics import MetricSums
 from sae.train.progress import TrainProgress
@@ -79,26 +73,25 @@ def train_coder(
     state = make_state(cfg, source, accelerator)
     if resume_from is not None:
         load_checkpoint(state, resume_from, accelerator)
-    device, last_step = accelerator.device, n_steps(cfg.train)
     module = accelerator.prepare_model(
         TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
     )
+    is_shown = is_shown and accelerator.is_main_process
+    progress = TrainProgress(cfg.train, seen_tokens=state.tokens_seen, is_shown=is_shown)
     trackers = _trackers(cfg, folder, state.step, accelerator)
-    progress = TrainProgress(
-        last_step * cfg.train.batch_tokens,
-        seen_tokens=state.step * cfg.train.batch_tokens,
-        is_shown=is_shown and accelerator.is_main_process,
-    )
-    log = Log(cfg, state, trackers, progress)
-    saved_step = state.step
+    last_step, saved_step = n_steps(cfg.train), state.step
 
-    with progress, Interrupt(device) as interrupt:
+    with (
+        progress,
+        Log(cfg, state, trackers, progress) as log,
+        Interrupt(accelerator.device) as interrupt,
+    ):
         _warm_up(source, progress, interrupt)
         while True:
             # ---- once in a while ----
             is_last = state.step >= last_step
             if is_last or state.step % cfg.train.dead_refresh_steps == 0:
-                state.dead.refresh(tokens_seen(cfg, state))
+                state.dead.refresh(state.tokens_seen)
             is_log_due = is_last or state.step % cfg.train.log_every_steps == 0
             if is_log_due:
                 log.row()
@@ -117,16 +110,15 @@ def train_coder(
             accumulate_gradients(cfg, state, module, accelerator)
             project_decoder_gradient_(state.coder)
             if cfg.train.grad_clip_norm is not None:
-                accelerator.clip_grad_norm_(state.coder.parameters(), cfg.train.grad_clip_norm)
+                nn.utils.clip_grad_norm_(state.coder.parameters(), cfg.train.grad_clip_norm)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             normalise_decoder_(state.coder)
             state.step += 1
 
-    log.close()
     if stop_signal:
-        raise Interrupted(128 + stop_signal)
-    return to_raw_units(state.coder, state.calibration.scale)
+        raise Interrupted(stop_signal, is_saved=folder is not None and saved_step > 0)
+    return state.raw_coder()
 
 
 def accumulate_gradients(
@@ -139,25 +131,20 @@ def accumulate_gradients(
         x = _next_input(state, n_tokens, accelerator)
         with nullcontext() if micro == n_micro - 1 else accelerator.no_sync(module):
             losses, residual, code = module(x, state.dead.indices)
-            accelerator.backward(losses["loss"] / n_micro)
+            (losses["loss"] / n_micro).backward()
         state.metrics.update(x, residual, code, losses)
-        state.dead.update(code, tokens_seen(cfg, state) + cfg.train.batch_tokens)
-
-
-def tokens_seen(cfg: Config, state: TrainState) -> int:
-    """Return how many tokens all finished steps trained on, over all processes."""
-    return state.step * cfg.train.batch_tokens
+        state.dead.update(code, state.tokens_seen + cfg.train.batch_tokens)
 
 
 def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
     """Return the state before the first step: calibrated, initialised, on the device."""
     device = accelerator.device
     calibration = calibrate(source.calibration_sample().to(device), cfg)
-    metadata = {**source.metadata(), "sae_training_tokens": cfg.train.tokens}
+    metadata = source.metadata()
     coder = SparseCoder.create(source.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata)
     coder.to(device)
     with torch.no_grad():
-        coder.b_dec.copy_(calibration.centre)
+        coder.b_dec.copy_(calibration.b_dec)
     assert cfg.train.dead_after_tokens is not None
     assert cfg.coder.k_aux is not None
     return TrainState(
@@ -171,31 +158,31 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
             k_aux=cfg.coder.k_aux,
             device=device,
         ),
-        metrics=MetricSums(calibration.centre, loss_names(cfg)),
+        metrics=MetricSums(calibration.mean, loss_names(cfg)),
         source=source,
         calibration=calibration,
+        batch_tokens=cfg.train.batch_tokens,
     )
 
 
 def calibrate(sample: Tensor, cfg: Config) -> Calibration:
-    """Return input scale, variance and centre from a sample (m, d_in), averaged over processes."""
-    world = sum_over_ranks(torch.ones((), device=sample.device))
+    """Return scale, variance, mean and b_dec from a sample (m, d_in), averaged over processes.
 
-    def over_ranks(value: Tensor) -> Tensor:
-        return sum_over_ranks(value) / world
-
-    mean_norm = float(over_ranks(sample.double().norm(dim=1).mean()))
+    Errors: ValueError where all activations are equal.
+    """
+    mean_norm = float(mean_over_ranks(sample.double().norm(dim=1).mean()))
     is_scaled = cfg.stream.scale == "mean_norm" and mean_norm > 0
     scale = sample.shape[1] ** 0.5 / mean_norm if is_scaled else 1.0
     scaled = sample.double() * scale
-    variance = float(over_ranks((scaled - scaled.mean(0)).pow(2).sum(1).mean()))
+    mean = mean_over_ranks(scaled.mean(0))
+    variance = float(mean_over_ranks((scaled - mean).pow(2).sum(1).mean()))
     if variance == 0:
         raise ValueError(
             "activations must differ from one another; all tokens of the calibration sample are "
             "equal. Check the hookpoint or the data."
         )
-    centre = over_ranks(initial_b_dec(scaled.float(), cfg.coder.b_dec_init).to(sample.device))
-    return Calibration(scale, variance, centre)
+    b_dec = initial_b_dec(scaled.float(), cfg.coder.b_dec_init).to(sample.device)
+    return Calibration(scale, variance, mean.float(), mean_over_ranks(b_dec))
 
 
 def loss_names(cfg: Config) -> tuple[str, ...]:
@@ -210,14 +197,14 @@ class Log:
         self, cfg: Config, state: TrainState, trackers: list[Tracker], progress: TrainProgress
     ):
         self.cfg, self.state, self.trackers, self.progress = cfg, state, trackers, progress
-        self._time, self._tokens = time.monotonic(), tokens_seen(cfg, state)
+        self._time, self._tokens = time.monotonic(), state.tokens_seen
 
     def row(self) -> None:
         """Log one row; the one place where the host waits for the device.
 
         Errors: NonFiniteActivationsError where the loss is not finite.
         """
-        state, tokens = self.state, tokens_seen(self.cfg, self.state)
+        state, tokens = self.state, self.state.tokens_seen
         means = state.metrics.compute()
         if not means:  # before the first step, and right after a resume
             self._time = time.monotonic()
@@ -236,8 +223,11 @@ class Log:
         for tracker in self.trackers:
             tracker.log(row)
 
-    def close(self) -> None:
-        """Let trackers write what they hold back."""
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let trackers write what they hold back, however the run ended."""
         for tracker in self.trackers:
             tracker.close()
 
@@ -253,7 +243,7 @@ def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
         x = state.source.next_batch(n)
     except NonFiniteActivationsError as error:
         raise NonFiniteActivationsError(f"at step {state.step}: {error}") from error
-    return x.to(accelerator.device, torch.float32) * state.calibration.scale
+    return x.detach().to(accelerator.device, torch.float32) * state.calibration.scale
 
 
 def _stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:
@@ -282,7 +272,7 @@ def _warm_up(source: ActivationSource, progress: TrainProgress, interrupt: Inter
     def tell(rows: int, capacity: int) -> None:
         progress.filling(rows, capacity)
         if interrupt.number:
-            raise Interrupted(128 + interrupt.number)
+            raise Interrupted(interrupt.number, is_saved=False)
 
     source.warm_up(tell)
 

@@ -52,10 +52,10 @@ def test_two_ranks_train_one_coder_on_their_own_data(tiny_config: Path):
     done = torchrun("scripts/train.py", tiny_config)
     assert done.returncode == 0, done.stderr
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    assert {p.name for p in newest.glob("source_*.json")} == {"source_0.json", "source_1.json"}
+    assert {p.name for p in newest.glob("rank_*.json")} == {"rank_0.json", "rank_1.json"}
     from safetensors.torch import load_file
 
-    buffers = [load_file(newest / f"source_{rank}.safetensors")["buffer"] for rank in (0, 1)]
+    buffers = [load_file(newest / f"rank_{rank}.safetensors")["source.buffer"] for rank in (0, 1)]
     assert not torch.equal(buffers[0], buffers[1])
     rows = read_metrics(folder)
     assert rows[-1]["tokens"] == 24 * 128
@@ -64,20 +64,40 @@ def test_two_ranks_train_one_coder_on_their_own_data(tiny_config: Path):
 
 
 def test_two_ranks_resume_exactly_and_only_on_two(tiny_config: Path, tmp_path: Path):
+    # Checkpoints fall between refreshes of the dead list and between rows of the log.
+    odd = ["--train.checkpoint_every_steps", "7", "--train.log_every_steps", "5"]
+    odd += ["--train.dead_after_tokens", "256", "--train.dead_refresh_steps", "4"]
     whole = tmp_path / "whole"
-    assert torchrun("scripts/train.py", tiny_config, "--run.folder", whole).returncode == 0
+    assert torchrun("scripts/train.py", tiny_config, *odd, "--run.folder", whole).returncode == 0
     folder = tiny_config.parent / "run"
-    assert torchrun("scripts/train.py", tiny_config).returncode == 0
+    assert torchrun("scripts/train.py", tiny_config, *odd).returncode == 0
     import shutil
 
     shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
     shutil.rmtree(folder / "final")
-    flags = ["--train.resume", "auto"]
+    flags = [*odd, "--train.resume", "auto"]
     alone = run_sae("train", tiny_config, *flags)
     assert alone.returncode == 2
     assert "saved by 2, now 1 run" in alone.stderr
     assert torchrun("scripts/train.py", tiny_config, *flags).returncode == 0
     assert torch.equal(sae.load(whole).W_enc, sae.load(folder).W_enc)
+    assert_same_state(whole, folder)
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Compare all that two runs' last checkpoints hold, each rank's own counts too, and the log."""
+    from safetensors.torch import load_file
+
+    newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (first, second)]
+    for name in ("trainer", "rank_0", "rank_1"):
+        one, other = (load_file(path / f"{name}.safetensors") for path in newest)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    rows = [
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
+        for run in (first, second)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_accelerate_launch_on_one_and_two_processes(tiny_config: Path, tmp_path: Path):
@@ -90,7 +110,7 @@ def test_accelerate_launch_on_one_and_two_processes(tiny_config: Path, tmp_path:
     done = accelerate(*arguments, "--run.folder", two)
     assert done.returncode == 0, done.stderr
     newest = sorted((two / "checkpoints").iterdir())[-1]
-    assert len(list(newest.glob("source_*.json"))) == 2
+    assert len(list(newest.glob("rank_*.json"))) == 2
 
 
 UNSYNCHRONISED = """
@@ -108,6 +128,13 @@ def test_copies_that_would_not_see_each_other_are_refused(tmp_path: Path):
     done = torchrun(script)
     assert done.returncode != 0
     assert "2 were launched, but `Accelerator` joins 1" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_a_cluster_launcher_that_do_not_join_are_refused(tiny_config: Path, variable: str):
+    done = run_sae("train", tiny_config, **{variable: "4"})
+    assert done.returncode == 2
+    assert "4 were launched" in done.stderr
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():

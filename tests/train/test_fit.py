@@ -183,3 +183,38 @@ def test_constant_and_broken_activations_are_refused(activations: torch.Tensor):
         sae.fit(broken, tokens=10_000, **QUICK)
     with pytest.raises(ValueError, match="`tokens` must be given"):
         sae.fit(iter([activations]), **QUICK)
+
+
+def test_activations_that_carry_a_graph_are_taken_as_data(activations: torch.Tensor):
+    weight = torch.ones(16, requires_grad=True)
+    coder = sae.fit(activations * weight, tokens=1_024, **QUICK)
+    assert torch.equal(coder.W_enc, sae.fit(activations, tokens=1_024, **QUICK).W_enc)
+    sae.fit(iter((activations * weight).split(256)), tokens=1_024, **QUICK)
+
+
+def test_an_iterator_is_calibrated_on_more_than_its_first_batch(activations: torch.Tensor):
+    rows = sae.fit(iter(activations.split(1)), tokens=1_024, **QUICK)
+    whole = sae.fit(iter([activations]), tokens=1_024, **QUICK)
+    assert torch.equal(rows.W_enc, whole.W_enc)
+
+
+def test_what_cannot_work_is_refused_before_training(activations: torch.Tensor, tmp_path: Path):
+    with pytest.raises(ValueError, match="checkpoints need"):
+        sae.fit(iter([activations]), tokens=1_024, folder=str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="`resume` needs a run's folder"):
+        sae.fit(activations, tokens=1_024, resume="auto", **QUICK)
+    with pytest.raises(ValueError, match="every key must be a setting"):
+        sae.fit(activations, tokens=1_024, reuse=3, **QUICK)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="needs a GPU"):
+            sae.fit(activations, tokens=1_024, device="cuda", **QUICK)
+
+
+def test_a_run_is_not_resumed_on_other_data(activations: torch.Tensor, tmp_path: Path):
+    settings = {**QUICK, "tokens": 2_560, "folder": str(tmp_path / "run")}
+    sae.fit(activations, **settings)
+    for other in (activations[:300], activations + 1):
+        with pytest.raises(ValueError, match="on the data it began with"):
+            sae.fit(other, resume="auto", **settings)
+    sae.fit(activations, resume="auto", **settings)

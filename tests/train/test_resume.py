@@ -28,7 +28,7 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     return {
         **load_file(newest / "trainer.safetensors"),
-        **load_file(newest / "source_0.safetensors"),
+        **load_file(newest / "rank_0.safetensors"),
     }
 
 
@@ -142,7 +142,7 @@ def test_a_half_written_checkpoint_is_not_taken(tiny_config: Path):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
-@pytest.mark.parametrize("name", ["trainer.safetensors", "source_0.safetensors", "cfg.json"])
+@pytest.mark.parametrize("name", ["trainer.safetensors", "rank_0.safetensors", "cfg.json"])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_serves(
     tiny_config: Path, harm: str, name: str
 ):

@@ -202,3 +202,31 @@ def test_yaml_of_the_run_is_what_the_next_run_reads(tiny_config: Path, tmp_path:
     again = run(configured(folder / "config.yaml", "--run.folder", str(tmp_path / "again")))
     assert torch.equal(sae.load(again).W_enc, sae.load(folder).W_enc)
     assert yaml.safe_load((again / "config.yaml").read_text())["coder"]["k"] == 4
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(tiny_config: Path):
+    """What the message advises can be done: the same folder, another setting."""
+    with pytest.raises(ValueError, match="too few"):
+        run(configured(tiny_config, "--stream.buffer_tokens", "100000"))
+    assert (run(configured(tiny_config)) / "final").exists()
+
+
+def test_a_file_in_the_folders_place_is_refused(tiny_config: Path, tmp_path: Path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        run(configured(tiny_config, "--run.folder", str(tmp_path / "taken")))
+
+
+def test_dtypes_are_resolved(tiny_config: Path):
+    resolved = read_run_config(run(configured(tiny_config)))
+    assert resolved.model.dtype != "auto"
+    assert resolved.stream.dtype == resolved.model.dtype
+
+
+def test_the_saved_token_count_is_that_of_the_checkpoint(tiny_config: Path):
+    folder = run(configured(tiny_config))
+    counts = [
+        sae.load(path).metadata["sae_training_tokens"]
+        for path in [*sorted((folder / "checkpoints").iterdir()), folder / "final"]
+    ]
+    assert counts == [18 * 128, 24 * 128, 24 * 128]

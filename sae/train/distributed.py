@@ -37,6 +37,7 @@ def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
     or where the device asked for is not there; ValueError where the batch cannot be divided.
     """
     device = pick_device(run.device)
+    require_joinable()
     _forget_another_device(device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -51,14 +52,29 @@ def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
 
 def require_synchronised(accelerator: Accelerator) -> None:
     """Stop where the launcher started more processes than the accelerator joins together."""
-    launched = max(int(os.environ.get(name, "1")) for name in SIZE_VARIABLES)
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"all launched processes must train one coder; {launched} were launched, but "
-            f"`Accelerator` joins {accelerator.num_processes}, so each would train its own "
-            "unsynchronised copy. On CPU make it with `Accelerator(cpu=True)` or set "
-            "ACCELERATE_USE_CPU=true; on GPUs launch one process a GPU with accelerate or torchrun."
-        )
+    if n_launched() != accelerator.num_processes:
+        raise RuntimeError(unsynchronised_message(accelerator.num_processes))
+
+
+def require_joinable() -> None:
+    """Stop where a cluster's launcher started tasks that have no way to find each other."""
+    if n_launched() > 1 and "MASTER_ADDR" not in os.environ:
+        raise RuntimeError(unsynchronised_message(1))
+
+
+def n_launched() -> int:
+    """Return how many processes the launcher says it started."""
+    return max(int(os.environ.get(name, "1")) for name in SIZE_VARIABLES)
+
+
+def unsynchronised_message(n_joined: int) -> str:
+    """Say that several processes would train copies that know nothing of each other."""
+    return (
+        f"all launched processes must train one coder; {n_launched()} were launched, but "
+        f"`Accelerator` joins {n_joined}, so each would train its own unsynchronised copy. Launch "
+        "with accelerate or torchrun, on GPUs one process a GPU; on CPU make it with "
+        "`Accelerator(cpu=True)` or set ACCELERATE_USE_CPU=true."
+    )
 
 
 def require_plain(accelerator: Accelerator, device: torch.device) -> None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.analysis.features import NO_TOKEN, Encodes, Features, collect_features
+from sae.analysis.features import Encodes, Features, collect_features
 from sae.analysis.logit_effects import LogitEffects, find_readout, logit_effects
 from sae.analysis.neighbours import Neighbours, nearest_latents
+from sae.analysis.strongest import NO_TOKEN
 from sae.analysis.vocabulary import join_texts, token_texts, visible
 from sae.files import read_json, write_json, write_tensors
 from sae.stream.contexts import CapturedContexts

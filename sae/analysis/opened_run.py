@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,9 @@ class OpenedRun:
     def generate(self, prompt: str, n_tokens: int = 20) -> str:
         """Return the model's most likely continuation of `prompt`."""
         inputs = self.lm.tokenizer(prompt, return_tensors="pt").to(self.lm.device)
-        ids = self.lm.module.generate(**inputs, max_new_tokens=n_tokens, do_sample=False)
-        return self.lm.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+        model: Any = self.lm.module
+        ids = model.generate(**inputs, max_new_tokens=n_tokens, do_sample=False)
+        return str(self.lm.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
 
 
 def open_run(run: str | Path) -> OpenedRun:

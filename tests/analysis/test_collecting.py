@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.analysis import Atlas, OpenedRun
-from sae.analysis.features import NO_TOKEN, FeatureCollector, Features, histogram_edges
+from sae.analysis.features import FeatureCollector, Features, histogram_edges
 from sae.analysis.logit_effects import find_readout, logit_effects
 from sae.analysis.neighbours import nearest_latents
+from sae.analysis.strongest import KEY_TOKENS, NO_TOKEN
 from sae.coder import SparseCoder
 from sae.config import CoderConfig
 from sae.stream.contexts import CapturedContexts
@@ -54,6 +55,17 @@ def dense_code() -> torch.Tensor:
         return make_coder().encode(contexts.activations) * contexts.is_kept[..., None]
 
 
+def strongest_of_distinct_texts(code: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """Return one latent's peaks (n, t) by sequence, only the strongest of equal texts, falling."""
+    best: dict[tuple[int, ...], float] = {}
+    for row, ids in zip(code, tokens, strict=True):
+        peak = int(row.argmax())
+        text = tuple(ids[max(0, peak - KEY_TOKENS + 1) : peak + 1].tolist())
+        if row[peak] > 0:
+            best[text] = max(best.get(text, 0.0), float(row[peak]))
+    return sorted(best.values(), reverse=True)
+
+
 def test_counts_and_maxima_are_those_of_the_dense_code():
     features, code = collected([]), dense_code()
     assert torch.equal(features.firing_counts, (code != 0).sum((0, 1)))
@@ -74,9 +86,7 @@ def test_the_histogram_counts_by_edges():
 def test_contexts_are_each_sequences_strongest_token_with_its_surroundings():
     features, code, tokens = collected([]), dense_code(), make_contexts().tokens
     for latent in range(D_SAE):
-        peaks = code[..., latent].amax(1)
-        expected = peaks.sort(descending=True).values[:4]
-        expected = expected[expected > 0]
+        expected = torch.tensor(strongest_of_distinct_texts(code[..., latent], tokens)[:4])
         torch.testing.assert_close(features.peaks[latent][: len(expected)], expected)
         assert torch.isinf(features.peaks[latent][len(expected) :]).all()
         for row in range(len(expected)):
@@ -96,6 +106,28 @@ def test_any_split_into_batches_gives_the_same(splits: list[int]):
     whole, parts = collected([]), collected(splits)
     for name in ("firing_counts", "histogram", "peaks", "sequence_ids", "tokens", "activations"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_a_text_that_comes_twice_is_shown_once():
+    contexts, coder = make_contexts(4), make_coder()
+    twice = CapturedContexts(
+        contexts.tokens.repeat(2, 1),
+        contexts.document_ids.repeat(2, 1),
+        contexts.is_kept.repeat(2, 1),
+        contexts.activations.repeat(2, 1, 1) * torch.tensor([1.0] * 4 + [0.9] * 4)[:, None, None],
+    )
+    with torch.no_grad():
+        code = coder.encode(twice.activations) * twice.is_kept[..., None]
+    for sizes in ([8], [4, 4], [1, 6, 1]):
+        collector, start = FeatureCollector(D_SAE, contexts_per_latent=3), 0
+        for size in sizes:
+            collector.update(coder, part(twice, slice(start, start + size)))
+            start += size
+        features = collector.features()
+        for latent in range(D_SAE):
+            found = features.peaks[latent][features.sequence_ids[latent] >= 0]
+            expected = strongest_of_distinct_texts(code[..., latent], twice.tokens)[:3]
+            torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_merging_two_passes_is_one_pass():

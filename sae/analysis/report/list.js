@@ -2,7 +2,16 @@
 
 const ROW_HEIGHT = 58;
 const OVERSCAN = 6;
-const SNIPPET = { before: 4, after: 10 };
+const SNIPPET = { charactersBefore: 20, after: 10 };
+
+/** The tokens before the peak that leave room for it in a row. */
+function leadIn(texts, peak) {
+  let first = peak, length = 0;
+  while (first > 0 && length + texts[first - 1].length <= SNIPPET.charactersBefore) {
+    length += texts[--first].length;
+  }
+  return texts.slice(first, peak);
+}
 
 function snippet(data, latent) {
   const [context] = contextsOf(data, latent);
@@ -10,8 +19,7 @@ function snippet(data, latent) {
   if (!context) return box.append(el("i", {}, "never fired")), box;
   const texts = joinSplit(context.tokens.map((id) => data.texts[id]));
   const { peak } = context;
-  const before = texts.slice(Math.max(0, peak - SNIPPET.before), peak);
-  before.forEach((text, i) => appendVisible(box, i ? text : text.trimStart() || text));
+  leadIn(texts, peak).forEach((text, i) => appendVisible(box, i ? text : text.trimStart() || text));
   appendToken(box, texts[peak], el("mark", {}));
   texts.slice(peak + 1, peak + SNIPPET.after).forEach((text) => appendVisible(box, text));
   return box;

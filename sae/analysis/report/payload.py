@@ -19,7 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from sae.analysis.atlas import Atlas
-from sae.analysis.features import NO_TOKEN, Features, histogram_edges
+from sae.analysis.features import Features, histogram_edges
+from sae.analysis.strongest import NO_TOKEN
 
 # Windows of more tokens than this make the page slow to open; fewer contexts are shown instead.
 MAX_WINDOW_TOKENS = 4_000_000

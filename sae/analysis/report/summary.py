@@ -1,21 +1,21 @@
 """What the report says beside its latents, read from a run folder: facts, curves, eval results.
 
 Reads `config.yaml`, `env.json`, `metrics.jsonl` and `results.json`; each may be missing, and then
-its part of the page is. Known metrics get a label and a place; others are shown under their names.
+its part of the page is. A few figures stand on top; everything measured is in the tables.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sae.files import read_json
+from sae.evals.results import EvalResults, TableRow, read_results, table_rows
 
 MAX_CURVE_POINTS = 400
 X_AXES = ("tokens", "step")
@@ -29,6 +29,21 @@ CURVES = (
 
 
 LOG_SCALE = ("fvu", "loss")
+# Measurements on top of the page: metric, label, unit, and a note where an interval says less.
+HEADLINE = (
+    ("fvu", "FVU", "number", ""),
+    ("l0", "L0", "number", "latents per token"),
+    ("dead", "Silent latents", "share", "on the evaluated tokens"),
+    ("delta_ce", "ΔCE, nats", "nats", ""),
+    ("loss_recovered_zero", "Loss recovered", "share", "against zero ablation"),
+    ("loss_recovered_mean", "Loss recovered", "share", "against mean ablation"),
+)
+LOSSES = (
+    ("ce_clean", "Model as it is"),
+    ("ce_spliced", "Dictionary spliced in"),
+    ("ce_ablated_mean", "Mean ablation"),
+    ("ce_ablated_zero", "Zero ablation"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,34 +97,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_results(path: Path) -> dict[str, float | list[float]]:
-    """Return results.json flat: dotted names to numbers, or to pairs (intervals)."""
-    return dict(_flat(read_json(path), ())) if path.exists() else {}
-
-
-def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float | list[float]]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, (*path, str(key)))
-    elif _is_number(value) or (
-        isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-    ):
-        yield ".".join(path), value
+def _read_results(path: Path) -> EvalResults | None:
+    return read_results(path) if path.exists() else None
 
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)
-
-
-def _find(results: Mapping[str, Any], *names: str) -> float | None:
-    """Return the first result whose last name, after dots and slashes, is one of `names`."""
-    for name in names:
-        for key, value in results.items():
-            if key.replace("/", ".").split(".")[-1] == name and _is_number(value):
-                return value
-    return None
 
 
 def _facts(config: Mapping[str, Any], rows: Sequence[Mapping], d_sae: int) -> list[str]:
@@ -126,45 +121,35 @@ def _facts(config: Mapping[str, Any], rows: Sequence[Mapping], d_sae: int) -> li
     return facts
 
 
-def _headline(results: Mapping[str, Any], rows: Sequence[Mapping]) -> list[dict[str, str]]:
-    last = rows[-1] if rows else {}
-    evaluated = bool(results)
-    clean, spliced = _find(results, "ce_clean"), _find(results, "ce_spliced")
-    delta = _find(results, "delta_ce", "ce_delta", "ce_increase")
-    if delta is None and clean is not None and spliced is not None:
-        delta = spliced - clean
-    where = "held-out tokens" if evaluated else "last training row"
-    candidates = [
-        ("FVU", _find(results, "fvu") if evaluated else last.get("fvu"), "number", where),
-        ("L0", _find(results, "l0", "l0_mean") if evaluated else last.get("l0"), "number", where),
-        ("Dead latents", _find(results, *DEAD), "share", where),
-        ("ΔCE", delta, "nats", "nats per token, spliced"),
-        ("Loss recovered", _find(results, *ZERO), "share", "of zero ablation"),
-        ("Loss recovered", _find(results, *MEAN), "share", "of mean ablation"),
-    ]
-    if _find(results, *DEAD) is None:
-        candidates[2] = ("Dead latents", last.get("dead_share"), "share", "end of training")
+def _headline(results: EvalResults | None, rows: Sequence[Mapping]) -> list[dict[str, str]]:
+    """Return the figures that stand on top: measured ones, or else the last training row's."""
+    if results is None:
+        last = rows[-1] if rows else {}
+        shown = [row for row in CURVES if row[0] != "lr" and _is_number(last.get(row[0]))]
+        return [_tile(label, last[key], unit, "end of training") for key, label, unit in shown]
+    metrics = results.metrics
+    given = [(label, metrics.get(key), unit, key, note) for key, label, unit, note in HEADLINE]
     return [
-        {"label": label, "value": format_value(value, kind), "note": note}
-        for label, value, kind, note in candidates
+        _tile(label, value, unit, note or _interval(metrics, key, unit))
+        for label, value, unit, key, note in given
         if value is not None
     ]
 
 
-DEAD = ("dead_share", "dead_fraction", "dead")
-ZERO = ("loss_recovered_zero", "loss_recovered")
-MEAN = ("loss_recovered_mean",)
-LOSSES = (
-    ("Model as it is", ("ce_clean",)),
-    ("Dictionary spliced in", ("ce_spliced",)),
-    ("Mean ablation", ("ce_ablated_mean", "ce_mean_ablated", "ce_mean")),
-    ("Zero ablation", ("ce_ablated_zero", "ce_zero_ablated", "ce_zero", "ce_ablated")),
-)
+def _tile(label: str, value: float, unit: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": format_value(value, unit), "note": note}
 
 
-def _losses(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _interval(metrics: Mapping[str, float | None], key: str, unit: str) -> str:
+    low, high = metrics.get(f"{key}/low"), metrics.get(f"{key}/high")
+    if low is None or high is None:
+        return ""
+    return f"95%: {format_value(low, unit)} to {format_value(high, unit)}"
+
+
+def _losses(results: EvalResults | None) -> list[dict[str, Any]]:
     """Return the language model's losses as bars, widths in percent of the largest."""
-    found = [(label, _find(results, *names)) for label, names in LOSSES]
+    found = [(label, results.metrics.get(key)) for key, label in LOSSES] if results else []
     present = [(label, value) for label, value in found if value is not None]
     largest = max((value for _, value in present), default=1.0)
     return [
@@ -173,18 +158,12 @@ def _losses(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return all results, grouped by all but the last of their names."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for key, value in results.items():
-        *path, name = key.replace("/", ".").split(".")
-        shown = (
-            f"{format_value(value[0])} – {format_value(value[1])}"
-            if isinstance(value, list)
-            else format_value(value)
-        )
-        groups.setdefault(" · ".join(path), []).append((name, shown))
-    return [{"name": name.replace("_", " "), "rows": rows} for name, rows in groups.items()]
+def _tables(results: EvalResults | None) -> list[dict[str, Any]]:
+    """Return a table an eval: all its metrics with their intervals."""
+    groups: dict[str, list[TableRow]] = {}
+    for row in table_rows(results) if results else []:
+        groups.setdefault(row.group, []).append(row)
+    return [{"name": name, "rows": rows} for name, rows in groups.items()]
 
 
 def format_value(value: float, kind: str = "number") -> str:
@@ -207,7 +186,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kept = [*rows[:-1:stride], rows[-1]]
     known = [key for key, _, _ in CURVES]
     others = [key for key in rows[-1] if key not in (*known, *X_AXES)]
-    placed = [*CURVES, *((key, key.replace("_", " "), "number") for key in others)]
+    placed = [*CURVES, *((key, key.replace("_", " ").capitalize(), "number") for key in others)]
     series = []
     for key, label, kind in placed:
         y = [row[key] if _is_number(row.get(key)) else None for row in kept]

@@ -8,7 +8,7 @@ import sys
 from sae.analysis import open_run, splice, steer, strongest_latents
 
 run = open_run(sys.argv[1])
-prompt = sys.argv[2] if len(sys.argv) > 2 else "The president said on Tuesday that the"
+prompt = sys.argv[2] if len(sys.argv) > 2 else "The president said on Tuesday"
 place = (run.lm, run.hookpoint, run.coder)
 
 for token, latents in strongest_latents(run.coder, run.lm, run.hookpoint, prompt, 3):

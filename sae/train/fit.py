@@ -34,7 +34,9 @@ def fit(
     progress: bool = True,
     **overrides: Any,
 ) -> SparseCoder:
-    """Train a coder on activations of anything and return it; it works on raw activations.
+    """Train a coder on activations of anything and return it, on the device it was trained on.
+
+    The coder works on raw activations.
 
     Args:
         activations: a tensor or array (n, d_in), a path (.npy, .safetensors or a folder of them),
@@ -75,7 +77,7 @@ def fit(
     if folder is not None and accelerator.is_main_process:
         save_dictionary(coder, folder / "final")
     accelerator.wait_for_everyone()
-    return coder
+    return coder.to(accelerator.device)
 
 
 def require_folder_for(overrides: Mapping[str, Any]) -> None:

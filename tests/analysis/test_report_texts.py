@@ -15,10 +15,11 @@ from sae.analysis.neighbours import Neighbours
 playwright_api = pytest.importorskip("playwright.sync_api")
 expect = playwright_api.expect
 D_SAE = 3000
-TEXTS = ["<bos>", "</script><b id=x>", " &amp;", "\n", " ", "⟨F0 9F⟩", "⟨99 82⟩", " word", "⟨E2⟩"]
-# What a reader sees of one context of all these tokens: the smiling face is joined, the lone byte
-# and the newline are visible.
-SEEN = "<bos></script><b id=x> &amp;↵·‥🙂 word⟨E2⟩"
+TEXTS = ["<bos>", "</script><b id=x>", " &amp;", "\n", " ", "⟨F0 9F⟩", "⟨99 82⟩", " word"]
+TEXTS += ["⟨E2⟩", "\u200b"]
+# What a reader sees of one context of all these tokens: the smiling face is joined, the lone
+# byte, the newline and the zero-width space are visible.
+SEEN = "<bos></script><b id=x> &amp;↵·‥🙂 word⟨E2⟩U+200B"
 pytestmark = pytest.mark.browser
 
 

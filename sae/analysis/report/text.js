@@ -1,6 +1,8 @@
 /* How tokens and numbers are written for a person. Text only ever enters the page as text nodes. */
 
 const BYTES = /^⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩$/;
+/* Texts of nothing but control, format, combining or unusual space characters. */
+const INVISIBLE = /^(?:(?![ \n\r\t])[\p{C}\p{Z}\p{M}])+$/u;
 const MARKS = { "\n": "↵", "\r": "␍", "\t": "⇥" };
 
 function el(tag, attributes = {}, ...children) {
@@ -49,9 +51,15 @@ function mark(character) {
   return el("span", { class: "mark" }, character);
 }
 
+/** U+200B for a character that shows nothing. */
+function codePoints(text) {
+  return [...text].map((c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`).join(" ");
+}
+
 /** Append `text` to `node` with newlines, tabs and lone (or leading) spaces made visible. */
 function appendVisible(node, text, { leading = false } = {}) {
   if (text === "") return void node.append(mark("‥"));
+  if (INVISIBLE.test(text)) return void node.append(mark(codePoints(text)));
   const isBlank = /^ +$/.test(text);
   let plain = "";
   const flush = () => {

@@ -3,6 +3,7 @@
 `make quickstart` runs this. Run it again and it continues what was interrupted.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,10 +21,14 @@ if __name__ == "__main__":
     main(["train", CONFIG, *flags])
     main(["eval", folder])
     main(["report", folder])
+    here = os.path.relpath(Path(sys.executable).parent)
     print(f"""
 Done in {(time.monotonic() - start) / 60:.1f} minutes. The run is in {folder}. Next:
 
-  sae eval {folder} --eval.tokens 65536        measure it on more held-out text
-  python scripts/explore.py {folder}           read a prompt's latents, splice, steer
-  sae train configs/quickstart.yaml --coder.k 64 --run.folder runs/k64
+  {here}/sae eval {folder} --eval.tokens 65536
+      measure it on more held-out text
+  {here}/python scripts/explore.py {folder}
+      read a prompt's latents, splice the dictionary in, steer with one latent
+  {here}/sae train configs/quickstart.yaml --coder.k 64 --run.folder runs/k64
+      train another
 """)

@@ -21,7 +21,7 @@ check:
 	@$(PYTHON) scripts/install.py demo dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 format:
 	$(VENV)/bin/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The quickstart's script, as `make quickstart` calls it, on a tiny model instead of the real one."""
+"""The quickstart's script, as `make quickstart` calls it, on a tiny model."""
 
 from __future__ import annotations
 

@@ -66,12 +66,13 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Measure a dictionary, write results.json, print the table."""
     place, flags = place_and_flags(arguments, EVAL_USAGE)
     names, out = taken(flags, "--evals"), taken(flags, "--out")
-    if names:
-        flags += ["--eval.evals", *names.split(",")]
     from sae.evals.held_out import evaluate_held_out
+    from sae.evals.registry import checked_names
     from sae.evals.results import write_results
     from sae.interop import load
 
+    if names:
+        flags += ["--eval.evals", *checked_names(names.split(","))]
     coder = load(place)
     target = results_file(place, out)
     cfg = configuration_of(place, coder.metadata, flags)

@@ -79,7 +79,7 @@ def test_report_writes_one_file(finished_run: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "{run}", "--evals", "recontruction"], "reconstruction"),
+        (["eval", "{run}", "--evals", "recontruction"], "Did you mean 'reconstruction'"),
         (["eval", "/nowhere/at-all"], "must exist or be a hub id"),
         (["eval", "{run}", "--out"], "must be followed by a value"),
         (["eval", "{run}/final"], "`data.source` must name"),

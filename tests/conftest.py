@@ -55,6 +55,20 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_run_tree(tiny_lm_folder: Path, tiny_text_file: Path) -> dict[str, dict]:
+    """The YAML tree of a run on the tiny model that trains, evaluates and reports in seconds."""
+    return {
+        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
+        "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
+        "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
+        "coder": {"d_sae": 96, "k": 4},
+        "train": {"tokens": 5120, "batch_tokens": 128},
+        "eval": {"tokens": 1000, "downstream_tokens": 400},
+        "report": {"tokens": 4000, "contexts_per_latent": 3},
+    }
+
+
 def _save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

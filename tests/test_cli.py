@@ -13,21 +13,10 @@ from sae.cli import VERBS, main
 
 
 @pytest.fixture(scope="module")
-def finished_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, tiny_text_file: Path
-) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_run_tree: dict[str, dict]) -> Path:
     """A run of 20 steps on the tiny model, trained through the command line."""
     folder = tmp_path_factory.mktemp("cli")
-    tree = {
-        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
-        "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
-        "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
-        "coder": {"d_sae": 48, "k": 4},
-        "train": {"tokens": 2560, "batch_tokens": 128},
-        "eval": {"tokens": 2000, "downstream_tokens": 500},
-        "report": {"tokens": 2000, "contexts_per_latent": 3},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_run_tree))
     main(["train", str(folder / "tiny.yaml"), "--run.folder", str(folder / "run")])
     return folder / "run"
 

@@ -36,21 +36,10 @@ def browser() -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def reported_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, tiny_text_file: Path
-) -> Path:
+def reported_run(tmp_path_factory: pytest.TempPathFactory, tiny_run_tree: dict[str, dict]) -> Path:
     """A run folder after `sae train`, `sae eval` and `sae report`; 96 latents."""
     folder = tmp_path_factory.mktemp("reported")
-    tree = {
-        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
-        "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
-        "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
-        "coder": {"d_sae": 96, "k": 4},
-        "train": {"tokens": 5120, "batch_tokens": 128},
-        "eval": {"tokens": 1000, "downstream_tokens": 400},
-        "report": {"tokens": 4000, "contexts_per_latent": 3},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_run_tree))
     run = folder / "run"
     main(["train", str(folder / "tiny.yaml"), "--run.folder", str(run)])
     main(["eval", str(run)])

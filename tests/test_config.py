@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sae.config
-from sae.config import CoderConfig, Config, DataConfig, StreamConfig, TrainConfig
+from sae.config import Config, TrainConfig
 from sae.configuration import (
     dotted_keys,
     flatten,
@@ -116,11 +116,6 @@ def test_flag_forms():
 
 def test_flatten_names_every_key():
     assert list(flatten(Config())) == [key for key, _ in dotted_keys()]
-
-
-def test_sections_validate_on_their_own():
-    for make in (CoderConfig, DataConfig, StreamConfig, TrainConfig):
-        make()
 
 
 def test_help_needs_no_torch():

@@ -7,6 +7,7 @@ step waits for the device: metrics stay there and are read every `log_every_step
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -67,7 +68,7 @@ def train_coder(
     `folder` receives the log and the checkpoints; None keeps nothing.
 
     Errors: NonFiniteActivationsError naming hookpoint and step; Interrupted after a signal, once
-    the state is saved.
+    the state is saved; KeyboardInterrupt after Ctrl-C where there is no folder to save to.
     """
     # ---- set-up ----
     state = make_state(cfg, source, accelerator)
@@ -116,6 +117,8 @@ def train_coder(
             normalise_decoder_(state.coder)
             state.step += 1
 
+    if stop_signal == signal.SIGINT and folder is None:
+        raise KeyboardInterrupt  # nothing was kept: in a notebook or a script, Ctrl-C as ever
     if stop_signal:
         raise Interrupted(stop_signal, is_saved=folder is not None and saved_step > 0)
     return state.raw_coder()

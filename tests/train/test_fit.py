@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +220,21 @@ def test_a_run_is_not_resumed_on_other_data(activations: torch.Tensor, tmp_path:
         with pytest.raises(ValueError, match="on the data it began with"):
             sae.fit(other, resume="auto", **settings)
     sae.fit(activations, resume="auto", **settings)
+
+
+def test_ctrl_c_without_a_folder_is_an_ordinary_one(
+    activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    import sae.train.trainer as trainer
+
+    honest, sent = trainer.lr_at, []
+
+    def interrupting(step: int, cfg):
+        if step == 2 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(step, cfg)
+
+    monkeypatch.setattr(trainer, "lr_at", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        sae.fit(activations, tokens=5_120, **QUICK)

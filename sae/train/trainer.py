@@ -117,10 +117,8 @@ def train_coder(
             normalise_decoder_(state.coder)
             state.step += 1
 
-    if stop_signal == signal.SIGINT and folder is None:
-        raise KeyboardInterrupt  # nothing was kept: in a notebook or a script, Ctrl-C as ever
     if stop_signal:
-        raise Interrupted(stop_signal, is_saved=folder is not None and saved_step > 0)
+        raise _stopped(stop_signal, folder, saved_step)
     return state.raw_coder()
 
 
@@ -254,6 +252,16 @@ def _stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: boo
     if accelerator.num_processes == 1:
         return interrupt.number
     return interrupt.agreed() if is_log_due else 0
+
+
+def _stopped(number: int, folder: Path | None, saved_step: int) -> BaseException:
+    """Return what ends a run that a signal stopped.
+
+    Where nothing was to be kept, in a notebook or a script, Ctrl-C is what it always is.
+    """
+    if number == signal.SIGINT and folder is None:
+        return KeyboardInterrupt()
+    return Interrupted(number, is_saved=folder is not None and saved_step > 0)
 
 
 def _checkpoint_interval(cfg: Config) -> int:

@@ -6,11 +6,17 @@ Both are made from seeds, need no network, and are written once a session.
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads this where a kernel is defined, so it must stand before sae_kernels is imported.
+# With a GPU the kernels are compiled, and the same tests run them there.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two threads a process stall on machines that are shared; one gives the same numbers everywhere.
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ Losses, parameters, optimisers and anything that remembers a previous call do no
 
 from .checks import set_debug
 from .decode import sparse_decode, sparse_decode_reference
+from .decode_loss import DecodeLoss, sparse_decode_loss, sparse_decode_loss_reference
 from .encode import encode_topk, encode_topk_reference
 from .encoder_grad import sparse_encoder_grad, sparse_encoder_grad_reference
 from .row_topk import topk, topk_by_groups, topk_reference
@@ -18,11 +19,14 @@ __all__ = [
     "topk",
     "encode_topk",
     "sparse_decode",
+    "sparse_decode_loss",
     "sparse_encoder_grad",
     "topk_by_groups",
     "topk_reference",
     "encode_topk_reference",
     "sparse_decode_reference",
+    "sparse_decode_loss_reference",
     "sparse_encoder_grad_reference",
+    "DecodeLoss",
     "set_debug",
 ]

@@ -11,8 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .launching import why_not_triton
+
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
+Form = Literal["reference", "torch", "triton"]
 
 _debug = os.environ.get("SAE_KERNELS_DEBUG", "") not in ("", "0")
 
@@ -27,19 +30,25 @@ def set_debug(enabled: bool) -> None:
     _debug = enabled
 
 
-def use_reference(impl: str, op: str) -> bool:
-    """Return whether `impl` asks for the reference.
+def choose_form(impl: str, op: str, *tensors: Tensor | None) -> Form:
+    """Return which form of `op` shall run on `tensors`.
 
-    Raises ValueError for an unknown `impl`, RuntimeError for a Triton kernel that is not there.
+    "auto" is Triton where it can run and the tensors are on a GPU, else the fast torch form.
+    Raises ValueError for an unknown `impl`, RuntimeError where "triton" cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {IMPLS}; got {impl!r}. Leave it at 'auto'.")
-    if impl == "triton":
+    if impl == "reference":
+        return "reference"
+    obstacle = why_not_triton(*tensors)
+    if impl == "triton" and obstacle:
         raise RuntimeError(
-            f"`impl='triton'` must name an op that has a Triton kernel; `{op}` has none yet. "
-            "Use impl='auto', which takes the fast PyTorch form."
+            f"`{op}` with impl='triton' must have Triton, 16- or 32-bit floats and a CUDA device; "
+            f"here {obstacle}. Use impl='auto', which takes the fast torch form. (To run kernels "
+            "on a CPU for tests, set TRITON_INTERPRET=1 before the first import.)"
         )
-    return impl == "reference"
+    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
+    return "triton" if impl == "triton" or (on_gpu and not obstacle) else "torch"
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -118,3 +127,52 @@ def check_index_range(indices: Tensor, d_sae: int, check_indices: bool) -> None:
             f"`indices` must lie in [0, d_sae); got [{low}, {high}] with d_sae={d_sae}. "
             "Check that they come from a dictionary of this width."
         )
+
+
+def check_finite_values(enabled: bool, **tensors: Tensor | None) -> None:
+    """When `enabled`, raise ValueError for a tensor that holds NaN or an infinity.
+
+    It reads the data, so on a GPU it waits for the device; it never runs inside torch.compile.
+    """
+    if not enabled or torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        n_bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+        if n_bad:
+            raise ValueError(
+                f"`{name}` must be finite; got {n_bad} NaN or infinite of {tensor.numel()} "
+                "elements. Look for an overflow or a division by zero before this call."
+            )
+
+
+def check_code(name: str, values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
+    """Raise unless `values` (called `name`) and `indices` are a sparse code, ragged if `offsets`.
+
+    The contents of `offsets` are data: that they ascend from 0 to at most p is not checked.
+    """
+    check_pairs(name, values, indices)
+    if offsets is None:
+        return
+    if offsets.dtype != torch.int64:
+        raise TypeError(
+            f"`offsets` must be torch.int64; got {offsets.dtype}. Convert it with `.long()`."
+        )
+    if offsets.dim() != 1 or not offsets.numel():
+        raise ValueError(
+            f"`offsets` must have shape (n + 1,); got {tuple(offsets.shape)}. Pass 0 and then "
+            "where each token's pairs end."
+        )
+    if indices.dim() != 1:
+        raise ValueError(
+            f"With `offsets`, `{name}` and `indices` must have shape (p,); got "
+            f"{tuple(indices.shape)}. Flatten them, or leave `offsets` out for k pairs a token."
+        )
+
+
+def leading_axes(indices: Tensor, offsets: Tensor | None) -> dict[str, int | None]:
+    """Return the axes, name to size, that a code shares with its tokens' rows."""
+    if offsets is not None:
+        return {"n": offsets.numel() - 1}
+    return {f"axis {i}": size for i, size in enumerate(indices.shape[:-1])}

@@ -17,15 +17,16 @@ from torch import Tensor
 from .checks import (
     Impl,
     check_at_least_1d,
+    check_finite_values,
     check_floating,
     check_k,
     check_same_device,
     check_shape,
-    use_reference,
+    choose_form,
 )
 from .decode import decode_rows
 from .encoder_grad import encoder_grad_rows
-from .row_topk import topk_fast, topk_reference
+from .row_topk import topk_reference, topk_rows
 from .segments import result_dtype
 
 CPU_BUFFER_BYTES = 64 * 2**20
@@ -61,6 +62,7 @@ def encode_rows(
     relu: bool,
     chunk_tokens: int,
     dtype: torch.dtype,
+    with_triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return values (n, k) of `dtype` and indices (n, k), `chunk_tokens` tokens at a time."""
     n = x.shape[0]
@@ -74,20 +76,21 @@ def encode_rows(
             rows = x[chunk] if b_dec is None else x[chunk] - b_dec
             pre_acts = buffer[: rows.shape[0]]
             torch.addmm(bias, rows.to(dtype), weight, out=pre_acts)
-            values[chunk], indices[chunk] = topk_fast(pre_acts, k)
+            values[chunk], indices[chunk] = topk_rows(pre_acts, k, with_triton)
     return (values.relu_() if relu else values), indices
 
 
 @encode_rows.register_fake
 def _(
     x: Tensor,
-    W_enc: Tensor,  # noqa: ARG001 - the op's schema
-    b_enc: Tensor,  # noqa: ARG001
-    b_dec: Tensor | None,  # noqa: ARG001
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
     k: int,
-    relu: bool,  # noqa: ARG001
-    chunk_tokens: int,  # noqa: ARG001
+    relu: bool,
+    chunk_tokens: int,
     dtype: torch.dtype,
+    with_triton: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
@@ -97,12 +100,16 @@ class _EncodeTopK(torch.autograd.Function):
     """Values with gradients to x, W_enc, b_enc and b_dec; indices are not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype, values_dtype):
-        values, indices = encode_rows(x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype)
+    def forward(
+        ctx, x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype, values_dtype, with_triton
+    ):
+        values, indices = encode_rows(
+            x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype, with_triton
+        )
         values = values.to(values_dtype)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, W_enc, b_dec, indices, values if relu else None)
-        ctx.bias_dtype = b_enc.dtype
+        ctx.bias_dtype, ctx.with_triton = b_enc.dtype, with_triton
         return values, indices
 
     @staticmethod
@@ -112,15 +119,18 @@ class _EncodeTopK(torch.autograd.Function):
         needs_x, needs_weight, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
         grad_x = grad_weight = grad_b_enc = grad_b_dec = None
         if needs_x:
-            grad_x = decode_rows(grad, indices, W_enc, None).to(x.dtype)
+            grad_x = decode_rows(grad, indices, None, W_enc, None, ctx.with_triton).to(x.dtype)
         if needs_weight or needs_b_enc or needs_b_dec:
             centred = x if b_dec is None else x - b_dec
-            sums, bias_sums = encoder_grad_rows(grad, indices, centred, W_enc.shape[0])
+            shape = W_enc.shape[0], torch.promote_types(W_enc.dtype, ctx.bias_dtype)
+            sums, bias_sums = encoder_grad_rows(
+                grad, indices, None, centred, *shape, ctx.with_triton
+            )
             grad_weight = sums.to(W_enc.dtype) if needs_weight else None
             grad_b_enc = bias_sums.to(ctx.bias_dtype) if needs_b_enc else None
             if needs_b_dec and b_dec is not None:
                 grad_b_dec = _b_dec_grad(bias_sums, W_enc).to(b_dec.dtype)
-        return grad_x, grad_weight, grad_b_enc, grad_b_dec, None, None, None, None, None
+        return grad_x, grad_weight, grad_b_enc, grad_b_dec, *[None] * 6
 
 
 def _b_dec_grad(bias_sums: Tensor, W_enc: Tensor) -> Tensor:
@@ -153,6 +163,7 @@ def encode_topk(
     relu: bool = True,
     chunk_tokens: int | None = None,
     impl: Impl = "auto",
+    check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest of (x − b_dec) @ W_encᵀ + b_enc: values and int64 indices (..., k).
 
@@ -165,7 +176,8 @@ def encode_topk(
     Under autocast the matmul runs in autocast's dtype and values come back in float32; gradients
     have the dtype of the parameters and are summed in at least float32. First derivatives only.
 
-    Raises ValueError or TypeError for shapes, dtypes, devices or a k that do not fit.
+    `check_finite` reads the data to check the floats.
+    Raises ValueError or TypeError for shapes, dtypes, devices, data or a k that do not fit.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     Deviation: the ReLU after TopK is optional.
@@ -182,7 +194,9 @@ def encode_topk(
         raise ValueError(
             f"`chunk_tokens` must be at least 1; got {chunk_tokens}. Leave it None to derive it."
         )
-    if use_reference(impl, "encode_topk"):
+    check_finite_values(check_finite, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    form = choose_form(impl, "encode_topk", x, W_enc, b_enc, b_dec)
+    if form == "reference":
         return encode_topk_reference(x, W_enc, b_enc, b_dec, k=k, relu=relu)
     given = (x, W_enc, b_enc) if b_dec is None else (x, W_enc, b_enc, b_dec)
     autocast_dtype = _autocast_dtype(x)
@@ -191,7 +205,7 @@ def encode_topk(
     chunk = chunk_tokens or _chunk_tokens(rows.shape[0], d_sae, dtype, x.device)
     values_dtype = torch.float32 if autocast_dtype else dtype
     values, indices = _EncodeTopK.apply(
-        rows, W_enc, b_enc, b_dec, k, relu, chunk, dtype, values_dtype
+        rows, W_enc, b_enc, b_dec, k, relu, chunk, dtype, values_dtype, form == "triton"
     )
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)

@@ -7,12 +7,15 @@ from functools import partial
 import pytest
 import torch
 from kernel_cases import (
+    DEVICE,
     HALF,
+    TRITON_CASES,
     Case,
     assert_obeys_law,
     each_case,
     each_dtype,
     ignore_dynamo_deprecation,
+    needs_triton,
     outputs_and_gradients,
 )
 from torch import Tensor
@@ -56,6 +59,19 @@ def test_obeys_the_law(case: Case, dtype: torch.dtype, relu: bool, generator) ->
     exact = outputs_and_gradients(partial(op, impl="reference"), [t.double() for t in rounded])
     eager = outputs_and_gradients(partial(op, impl="reference"), rounded)
     fast = outputs_and_gradients(partial(op, chunk_tokens=7), rounded)
+    assert all(torch.equal(c.sort(1)[0], chosen[0].sort(1)[0]) for c in chosen)
+    assert_obeys_law(fast, eager, exact)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda c: "-".join(map(str, c)))
+def test_triton_obeys_the_law(case: Case, generator) -> None:
+    rounded = [tensor.float().to(DEVICE) for tensor in draw(case, generator)]
+    chosen: list[Tensor] = []
+    op = partial(values_in_fixed_order, chosen=chosen, k=case.k)
+    exact = outputs_and_gradients(partial(op, impl="reference"), [t.double() for t in rounded])
+    eager = outputs_and_gradients(partial(op, impl="reference"), rounded)
+    fast = outputs_and_gradients(partial(op, impl="triton", chunk_tokens=3), rounded)
     assert all(torch.equal(c.sort(1)[0], chosen[0].sort(1)[0]) for c in chosen)
     assert_obeys_law(fast, eager, exact)
 
@@ -231,10 +247,12 @@ def test_bitwise_reproducible(generator) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_opcheck(generator) -> None:
-    x, W_enc, b_enc, b_dec = (t.float() for t in draw(Case(9, 4, 300, 3), generator))
+@pytest.mark.parametrize("with_triton", [False, pytest.param(True, marks=needs_triton)])
+def test_opcheck(with_triton: bool, generator) -> None:
+    x, W_enc, b_enc, b_dec = (t.float().to(DEVICE) for t in draw(Case(5, 4, 30, 3), generator))
     for bias, dtype in [(b_dec, torch.float32), (None, torch.bfloat16)]:
-        torch.library.opcheck(encode.encode_rows, (x, W_enc, b_enc, bias, 3, True, 4, dtype))
+        options = 3, True, 4, dtype, with_triton
+        torch.library.opcheck(encode.encode_rows, (x, W_enc, b_enc, bias, *options))
 
 
 @ignore_dynamo_deprecation
@@ -269,5 +287,7 @@ def test_errors() -> None:
         op(x.long(), W, b, k=2)
     with pytest.raises(ValueError, match=r"must share one device; got .*b_enc on meta"):
         op(x, W, b.to("meta"), k=2)
-    with pytest.raises(RuntimeError, match="`encode_topk` has none yet"):
-        op(x, W, b, k=2, impl="triton")
+    with pytest.raises(ValueError, match="`W_enc` must be finite; got 96 NaN or infinite"):
+        op(x, W / 0, b, k=2, check_finite=True)
+    with pytest.raises(RuntimeError, match="`encode_topk` with impl='triton' must have"):
+        op(x.double(), W.double(), b.double(), k=2, impl="triton")

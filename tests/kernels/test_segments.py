@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import DEVICE, needs_triton
 
 from sae_kernels import segments
 
@@ -36,3 +37,50 @@ def test_sums_over_segments(generator) -> None:
     torch.testing.assert_close(sums[2], 2 * rows[0] + 3 * rows[1] + 11 * rows[2])
     assert torch.equal(sums[[1, 3]], torch.zeros(2, 4))
     assert segments.weighted_sums(found, weights).tolist() == [5.0, 0.0, 16.0, 0.0]
+
+
+@needs_triton
+@pytest.mark.parametrize("tile", [1, 4, 128])
+def test_a_hub_is_summed_in_tiles(tile: int, generator, monkeypatch) -> None:
+    """The tiles' sums are used: rubbish in them shows up in the hub, and nowhere else."""
+    monkeypatch.setattr(segments, "TILE", tile)
+    indices = torch.randint(0, 12, (15, 1), generator=generator)
+    indices = torch.cat([indices, torch.full((15, 1), 5)], 1)
+    weights, rows = torch.randn(15, 2, generator=generator), torch.randn(15, 3, generator=generator)
+    found = segments.by_latent(indices.to(DEVICE), 12)
+    given = weights.to(DEVICE), rows.to(DEVICE)
+    sums, weight_sums = segments.launch_segment_sums(found, *given, torch.float32)
+    dense = torch.zeros(15, 12).index_put_(
+        (torch.arange(15)[:, None], indices), weights, accumulate=True
+    )
+    torch.testing.assert_close(sums.cpu(), dense.T @ rows)
+    torch.testing.assert_close(weight_sums.cpu(), dense.sum(0))
+
+    def skip_tiles(kernel, *args, **options) -> None:
+        if kernel is not segments._tile_sums_kernel:
+            launch(kernel, *args, **options)
+
+    launch = segments.launch
+    monkeypatch.setattr(segments, "launch", skip_tiles)
+    without, _ = segments.launch_segment_sums(found, *given, torch.float32)
+    spoilt = without.isnan().any(1).cpu()  # tiles that nobody wrote hold NaN
+    counts = torch.bincount(indices.flatten(), minlength=12)
+    assert bool(spoilt[5]) == (tile <= 4)
+    assert not spoilt[counts < tile].any()
+
+
+def test_ragged_padding_is_in_no_segment() -> None:
+    found = segments.by_latent(torch.tensor([1, 0, 1, 0, 0]), 2, torch.tensor([0, 2, 3]))
+    assert found.offsets.tolist() == [0, 1, 3]
+    assert found.order[:3].tolist() == [1, 0, 2]
+    assert found.tokens[:3].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("d", [1, 33, 128, 576, 768, 2048, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_widths_waste_little(d: int, dtype: torch.dtype) -> None:
+    width = segments.block_width(d, dtype)
+    assert width & (width - 1) == 0
+    assert width * dtype.itemsize <= 16 * 128
+    assert -(-d // width) * width < d + 256 // dtype.itemsize
+    assert 1 <= segments.warps_for(width, dtype) <= 4

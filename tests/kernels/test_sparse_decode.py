@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
 from kernel_cases import (
     CASES,
+    DEVICE,
     Case,
     assert_obeys_law,
     draw_indices,
+    draw_ragged,
     each_case,
     each_dtype,
+    each_triton_case,
     ignore_dynamo_deprecation,
+    needs_triton,
     outputs_and_gradients,
 )
 from torch import Tensor
 
 import sae_kernels
-from sae_kernels import decode
+from sae_kernels import decode, segments
 
 
 def draw(case: Case, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
@@ -29,19 +34,75 @@ def draw(case: Case, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     return inputs, draw_indices(case, generator)
 
 
-def op(values, W_dec, b_dec=None, *, indices: Tensor, impl: str = "auto") -> Tensor:
-    return sae_kernels.sparse_decode(values, indices, W_dec, b_dec, impl=impl)  # type: ignore[arg-type]
+def op(values, W_dec, b_dec=None, *, indices, offsets=None, impl: str = "auto") -> Tensor:
+    return sae_kernels.sparse_decode(values, indices, W_dec, b_dec, offsets=offsets, impl=impl)  # type: ignore[arg-type]
+
+
+def draw_ragged_code(case: Case, generator: torch.Generator) -> tuple[list[Tensor], dict]:
+    """values (p,), W_dec, b_dec in float64; indices and offsets. Padding has value 0."""
+    indices, offsets = draw_ragged(case, generator)
+    shapes = [(len(indices),), (case.d_sae, case.d), (case.d,)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    inputs[0][offsets[-1] :] = 0
+    return inputs, {"indices": indices, "offsets": offsets}
+
+
+def assert_law(inputs: list[Tensor], code: dict, dtype: torch.dtype, impl: str) -> None:
+    """The law for the output and the gradients of values, W_dec and b_dec."""
+    rounded = [tensor.to(DEVICE, dtype) for tensor in inputs]
+    code = {name: tensor.to(DEVICE) for name, tensor in code.items()}
+    reference = partial(op, **code, impl="reference")
+    exact = outputs_and_gradients(reference, [tensor.double() for tensor in rounded])
+    eager = outputs_and_gradients(reference, rounded)
+    assert_obeys_law(outputs_and_gradients(partial(op, **code, impl=impl), rounded), eager, exact)
 
 
 @each_case
 @each_dtype
 def test_obeys_the_law(case: Case, dtype: torch.dtype, generator) -> None:
     inputs, indices = draw(case, generator)
-    rounded = [tensor.to(dtype) for tensor in inputs]
-    reference = partial(op, indices=indices, impl="reference")
-    exact = outputs_and_gradients(reference, [tensor.double() for tensor in rounded])
-    eager = outputs_and_gradients(reference, rounded)
-    assert_obeys_law(outputs_and_gradients(partial(op, indices=indices), rounded), eager, exact)
+    assert_law(inputs, {"indices": indices}, dtype, "auto")
+
+
+@each_case
+@each_dtype
+def test_ragged_obeys_the_law(case: Case, dtype: torch.dtype, generator) -> None:
+    assert_law(*draw_ragged_code(case, generator), dtype, "auto")
+
+
+@needs_triton
+@each_triton_case
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+def test_triton_obeys_the_law(case, dtype, ragged, generator, monkeypatch) -> None:
+    monkeypatch.setattr(segments, "TILE", 4)  # so that a hub of a tiny case has whole tiles
+    if ragged:
+        assert_law(*draw_ragged_code(case, generator), dtype, "triton")
+    else:
+        inputs, indices = draw(case, generator)
+        assert_law(inputs, {"indices": indices}, dtype, "triton")
+
+
+def test_ragged_is_the_dense_decode(generator) -> None:
+    """Against the dense matmul, which shares no code with the op or its reference."""
+    (values, W_dec, b_dec), code = draw_ragged_code(CASES[0], generator)
+    dense = torch.zeros(CASES[0].n, CASES[0].d_sae, dtype=torch.float64)
+    for token, (low, high) in enumerate(itertools.pairwise(code["offsets"].tolist())):
+        dense[token].index_add_(0, code["indices"][low:high], values[low:high])
+    for impl in ("auto", "reference"):
+        torch.testing.assert_close(
+            op(values, W_dec, b_dec, **code, impl=impl), dense @ W_dec + b_dec
+        )
+
+
+def test_ragged_padding_is_in_no_token(generator) -> None:
+    """Not even when its values are rubbish."""
+    inputs, code = draw_ragged_code(CASES[0], generator)
+    rubbish = inputs[0].clone()
+    rubbish[code["offsets"][-1] :] = 7.0
+    for impl in ("auto", "reference"):
+        found = outputs_and_gradients(partial(op, **code, impl=impl), [rubbish, *inputs[1:]])
+        clean = outputs_and_gradients(partial(op, **code, impl=impl), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -101,14 +162,21 @@ def test_gradients_are_bitwise_reproducible(generator) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_opcheck(generator) -> None:
-    (values, W_dec, b_dec), indices = draw(CASES[0], generator)
-    grad = torch.randn(CASES[0].n, CASES[0].d, generator=generator)
-    for dtype in (torch.float32, torch.bfloat16):
-        v, w, b, g = (tensor.to(dtype) for tensor in (values, W_dec, b_dec, grad))
-        torch.library.opcheck(decode.decode_rows, (v, indices, w, b))
-        torch.library.opcheck(decode.values_grad, (g, indices, w))
-        torch.library.opcheck(decode.weight_grad, (v, indices, g, w.shape[0]))
+@pytest.mark.parametrize("with_triton", [False, pytest.param(True, marks=needs_triton)])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(with_triton: bool, ragged: bool, dtype, generator) -> None:
+    case = Case(n=4, d=6, d_sae=9, k=2)
+    inputs, indices = draw(case, generator)
+    code = {"indices": indices, "offsets": None}
+    if ragged:
+        inputs, code = draw_ragged_code(case, generator)
+    grad = torch.randn(case.n, case.d, generator=generator)
+    v, w, b, g = (tensor.to(DEVICE, dtype) for tensor in (*inputs, grad))
+    pairs = tuple(None if tensor is None else tensor.to(DEVICE) for tensor in code.values())
+    torch.library.opcheck(decode.decode_rows, (v, *pairs, w, b, with_triton))
+    torch.library.opcheck(decode.values_grad, (g, *pairs, w, with_triton))
+    torch.library.opcheck(decode.weight_grad, (v, *pairs, g, len(w), dtype, with_triton))
 
 
 @ignore_dynamo_deprecation
@@ -149,8 +217,42 @@ def test_dtype_device_and_impl_errors() -> None:
         sae_kernels.sparse_decode(values, indices, W_dec.long())
     with pytest.raises(ValueError, match=r"must share one device; got .*W_dec on meta"):
         sae_kernels.sparse_decode(values, indices, W_dec.to("meta"))
-    with pytest.raises(RuntimeError, match="`sparse_decode` has none yet"):
-        sae_kernels.sparse_decode(values, indices, W_dec, impl="triton")
+    with pytest.raises(RuntimeError, match=r"`sparse_decode` with impl='triton' .*float64 is not"):
+        sae_kernels.sparse_decode(values.double(), indices, W_dec.double(), impl="triton")
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("sae_kernels.launching.INTERPRETING", False)
+    code = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64), torch.ones(9, 3)
+    with pytest.raises(RuntimeError, match="the tensors are on cpu, not on a CUDA device"):
+        sae_kernels.sparse_decode(*code, impl="triton")
+    monkeypatch.setattr("sae_kernels.launching.HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="the package `triton` is not installed"):
+        sae_kernels.sparse_decode(*code, impl="triton")
+
+
+def test_ragged_errors() -> None:
+    values, indices, W_dec = torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.ones(9, 3)
+    decode_with = partial(sae_kernels.sparse_decode, values, indices, W_dec)
+    with pytest.raises(TypeError, match=r"`offsets` must be torch\.int64; got torch\.int32"):
+        decode_with(offsets=torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"`offsets` must have shape \(n \+ 1,\); got \(0,\)"):
+        decode_with(offsets=torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"With `offsets`, .* have shape \(p,\); got \(2, 2\)"):
+        sae_kernels.sparse_decode(
+            values.reshape(2, 2), indices.reshape(2, 2), W_dec, offsets=torch.tensor([0, 4])
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["values", "W_dec", "b_dec"])
+def test_finiteness_is_checked_when_asked(bad: float, name: str) -> None:
+    given = {"values": torch.zeros(4, 2), "W_dec": torch.ones(9, 3), "b_dec": torch.zeros(3)}
+    given[name].view(-1)[1] = bad
+    indices = torch.zeros(4, 2, dtype=torch.int64)
+    sae_kernels.sparse_decode(**given, indices=indices)
+    with pytest.raises(ValueError, match=f"`{name}` must be finite; got 1 NaN or infinite"):
+        sae_kernels.sparse_decode(**given, indices=indices, check_finite=True)
 
 
 @pytest.mark.parametrize("bad", [-1, 9])

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from kernel_cases import CASES, Case, assert_obeys_law, draw_indices, each_case, each_dtype
+from kernel_cases import (
+    CASES,
+    DEVICE,
+    TRITON_CASES,
+    Case,
+    assert_obeys_law,
+    draw_indices,
+    draw_ragged,
+    each_case,
+    each_dtype,
+    each_triton_case,
+    needs_triton,
+)
 from torch import Tensor
 
 import sae_kernels
-from sae_kernels import encoder_grad
+from sae_kernels import encoder_grad, segments
 
 
 def draw(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -17,15 +31,39 @@ def draw(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     return grad_values, draw_indices(case, generator), x, case.d_sae
 
 
+def assert_law(grad_values, indices, x, d_sae, dtype, impl: str, offsets=None) -> None:
+    op = partial(sae_kernels.sparse_encoder_grad, d_sae=d_sae)
+    code = {
+        "indices": indices.to(DEVICE),
+        "offsets": None if offsets is None else offsets.to(DEVICE),
+    }
+    grad_values, x = grad_values.to(DEVICE, dtype), x.to(DEVICE, dtype)
+    exact = op(grad_values.double(), x=x.double(), **code, impl="reference")
+    eager = op(grad_values, x=x, **code, impl="reference")
+    assert_obeys_law(list(op(grad_values, x=x, **code, impl=impl)), list(eager), list(exact))
+
+
 @each_case
 @each_dtype
 def test_obeys_the_law(case: Case, dtype: torch.dtype, generator) -> None:
-    grad_values, indices, x, d_sae = draw(case, generator)
-    grad_values, x = grad_values.to(dtype), x.to(dtype)
-    op = sae_kernels.sparse_encoder_grad
-    exact = op(grad_values.double(), indices, x.double(), d_sae, impl="reference")
-    eager = op(grad_values, indices, x, d_sae, impl="reference")
-    assert_obeys_law(list(op(grad_values, indices, x, d_sae)), list(eager), list(exact))
+    assert_law(*draw(case, generator), dtype, "auto")
+
+
+@needs_triton
+@each_triton_case
+def test_triton_obeys_the_law(case: Case, dtype, generator, monkeypatch) -> None:
+    monkeypatch.setattr(segments, "TILE", 4)  # so that a hub of a tiny case has whole tiles
+    assert_law(*draw(case, generator), dtype, "triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("case", TRITON_CASES[:4], ids=lambda c: c.firing)
+def test_ragged_obeys_the_law(case: Case, impl: str, generator, monkeypatch) -> None:
+    monkeypatch.setattr(segments, "TILE", 4)
+    indices, offsets = draw_ragged(case, generator, padding=9)  # more than a tile of padding
+    grad_values = torch.randn(indices.shape, generator=generator)
+    x = torch.randn(case.n, case.d, generator=generator)
+    assert_law(grad_values, indices, x, case.d_sae, torch.float32, impl, offsets)
 
 
 def test_reference_is_the_encoders_gradient(generator) -> None:
@@ -69,7 +107,9 @@ def test_bitwise_reproducible(generator) -> None:
 
 def test_opcheck_and_compile(generator) -> None:
     drawn = draw(CASES[0], generator)
-    torch.library.opcheck(encoder_grad.encoder_grad_rows, drawn)
+    grad_values, indices, x, d_sae = drawn
+    options = d_sae, torch.float32, False
+    torch.library.opcheck(encoder_grad.encoder_grad_rows, (grad_values, indices, None, x, *options))
     op = sae_kernels.sparse_encoder_grad
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(compiled(*drawn), op(*drawn), strict=True):
@@ -98,5 +138,5 @@ def test_errors() -> None:
         op(grad_values, indices + 5, x, 5, check_indices=True)
     with pytest.raises(ValueError, match=r"must share one device; got .*x on meta"):
         op(grad_values, indices, x.to("meta"), 9)
-    with pytest.raises(RuntimeError, match="`sparse_encoder_grad` has none yet"):
-        op(grad_values, indices, x, 9, impl="triton")
+    with pytest.raises(RuntimeError, match="`sparse_encoder_grad` with impl='triton' must have"):
+        op(grad_values.double(), indices, x.double(), 9, impl="triton")

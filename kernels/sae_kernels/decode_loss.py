@@ -1,0 +1,587 @@
+"""Decode and squared error with both local gradients, from one gather of the decoder's rows.
+
+Maths: with e = x_hat − target of a token, its loss is ‖e‖² and d loss / d value_j =
+2⟨W_dec[l_j], e⟩: both need only the rows that the decode has just read, so one pass computes them.
+dL/dW_dec and dL/db_dec follow from the residual target − x_hat, which is kept, without the rows.
+Matryoshka: for prefixes m_1 < … < m_P = d_sae, e_p is the error with the latents below m_p alone,
+and loss = Σ_p w_p ‖e_p‖². With the suffix E_p = Σ over q ≥ p of w_q · e_q, d loss / d value_j =
+2⟨W_dec[l_j], E_p⟩ for the first prefix p that holds l_j: so the longest prefix is done first, and E
+grows on the way down.
+Shapes: values, indices (..., k), or (p,) with offsets (n + 1,); W_dec (d_sae, d_out); b_dec
+(d_out); target (..., d_out) → loss (...), x_hat, residual (..., d_out), grad_values as values.
+Dtypes: as in decode.py; losses and grad_values in at least float32.
+Bytes: n·k·d_out·itemsize for the one gather, and n·d_out for the target, x_hat and residual each
+(P times the last with prefixes). Deterministic: yes, bitwise, forward and backward.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import (
+    Impl,
+    check_code,
+    check_finite_values,
+    check_floating,
+    check_index_range,
+    check_same_device,
+    check_shape,
+    choose_form,
+    leading_axes,
+)
+from .decode import (
+    decode_rows,
+    load_weight_rows,
+    pairs_of_token,
+    sparse_decode_reference,
+    tokens_and_k,
+    values_grad,
+    weight_grad,
+)
+from .launching import launch, next_power_of_2, tl, triton
+from .ragged import tokens_of_code, tokens_of_pairs
+from .segments import by_latent, result_dtype
+
+
+class DecodeLoss(NamedTuple):
+    """What `sparse_decode_loss` returns; gradients flow through `loss` alone."""
+
+    loss: Tensor  # (...), Σ_p prefix_weights[p] · prefix_losses[..., p]
+    x_hat: Tensor  # (..., d_out), the whole dictionary's reconstruction
+    residual: Tensor  # (..., d_out), target − x_hat
+    grad_values: Tensor  # as values, d loss / d value of each pair
+    prefix_losses: Tensor  # (..., P), squared error of each prefix; P = 1 without prefixes
+
+
+def sparse_decode_loss_reference(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    offsets: Tensor | None = None,
+) -> DecodeLoss:
+    """Return the losses by one reference decode a prefix: the specification."""
+    ends, weights = _prefixes_and_weights(prefixes, prefix_weights, W_dec.shape[0])
+    dtype = _loss_dtype(values, W_dec, b_dec, target)
+    tokens = tokens_of_code(indices, offsets)
+    losses, grad_values = [], torch.zeros_like(values, dtype=dtype)
+    for end, weight in zip(ends, weights, strict=True):
+        kept = values.where(indices < end, 0)
+        x_hat = sparse_decode_reference(kept, indices, W_dec, b_dec, offsets=offsets)
+        error = x_hat - target
+        losses.append(error.to(dtype).square().sum(-1))
+        # Row n, of zeros, belongs to a ragged code's padding.
+        rows = F.pad(error.detach().reshape(-1, error.shape[-1]), (0, 0, 0, 1))[tokens]
+        dots = (rows * W_dec.detach()[indices]).sum(-1)
+        grad_values += 2 * weight * dots.where(indices < end, 0)
+    prefix_losses = torch.stack(losses, -1)
+    loss = (prefix_losses * prefix_losses.new_tensor(weights)).sum(-1)
+    fixed = x_hat.detach(), -error.detach(), grad_values, prefix_losses.detach()
+    return DecodeLoss(loss, *fixed)
+
+
+@triton.jit
+def _prefix(p, ends, weights):
+    """Return where the latents that prefix p adds begin and end, and its weight."""
+    if ends is None:
+        start, end, weight = 0, 2**62, 1.0
+    else:
+        start = tl.load(ends + p - 1, mask=p > 0, other=0)
+        end = tl.load(ends + p)
+        weight = tl.load(weights + p)
+    return start, end, weight
+
+
+@triton.jit
+def _error(token, cols, d, x, bias, target):
+    """Return the reconstruction with its bias, and its error, at `cols`; 0 past the width."""
+    inside = cols < d
+    if bias is not None:
+        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(target + token * d + cols, mask=inside, other=0.0).to(tl.float32)
+    return x, tl.where(inside, x - y, 0.0)
+
+
+@triton.jit
+def _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes):
+    """Store the suffix of a prefix, and what is asked of the whole dictionary if it is the last."""
+    inside = cols < d
+    if p == n_prefixes - 1:
+        tl.store(x_hat + token * d + cols, x, mask=inside)
+        tl.store(residual + token * d + cols, -error, mask=inside)
+    if suffixes is not None:
+        tl.store(suffixes + (token * n_prefixes + p) * d + cols, -suffix, mask=inside)
+
+
+@triton.jit
+def _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES: tl.constexpr):
+    """Store the losses of all prefixes, lane p that of prefix p, and their weighted sum."""
+    lane = tl.arange(0, LANES)
+    real = lane < n_prefixes
+    weighted = losses
+    if weights is not None:
+        weighted = losses * tl.load(weights + lane, mask=real, other=0.0)
+    tl.store(loss + token, tl.sum(weighted, axis=0))
+    tl.store(prefix_losses + token * n_prefixes + lane, losses, mask=real)
+
+
+@triton.jit
+def _held_prefix(
+    p,
+    token,
+    cols,
+    d,
+    n_prefixes,
+    value,
+    latents,
+    rows,  # (BP, BD) fp32, the token's decoder rows at `cols`
+    bias,
+    target,
+    ends,
+    weights,
+    x_hat,
+    residual,
+    suffixes,
+    suffix,  # (BD,) fp32, of the next longer prefix
+    products,  # (BP, BD) fp32, the dot products' terms so far
+    losses,  # (LANES,) fp32, the losses so far
+    LANES: tl.constexpr,
+):
+    """Take one prefix at BD columns; return suffix, products and losses with it."""
+    start, end, weight = _prefix(p, ends, weights)
+    kept = tl.where(latents < end, value, 0.0)
+    x, error = _error(token, cols, d, tl.sum(kept[:, None] * rows, axis=0), bias, target)
+    suffix += weight * error
+    _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes)
+    losses += tl.where(tl.arange(0, LANES) == p, tl.sum(error * error, axis=0), 0.0)
+    first_held = tl.where((latents >= start) & (latents < end), 2.0, 0.0)
+    products += first_held[:, None] * rows * suffix[None, :]
+    return suffix, products, losses
+
+
+@triton.jit
+def _held_kernel(
+    values,  # (n, k)
+    indices,  # (n, k) int64
+    weight,  # (d_sae, d)
+    bias,  # (d,) or None
+    target,  # (n, d)
+    ends,  # (P,) int64, or None for one prefix: the whole dictionary
+    weights,  # (P,) fp32, or None
+    x_hat,  # (n, d), out
+    residual,  # (n, d), out
+    suffixes,  # (n, P, d), out, or None
+    grad_values,  # (n, k) fp32, out
+    loss,  # (n,) fp32, out
+    prefix_losses,  # (n, P) fp32, out
+    k,
+    d,
+    n_prefixes,
+    LANES: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One token; its k ≤ BP rows are read BD columns at a time and held in registers."""
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BP)
+    real = pair < k
+    value = tl.load(values + token * k + pair, mask=real, other=0.0).to(tl.float32)
+    latents = tl.load(indices + token * k + pair, mask=real, other=0)
+    products = tl.zeros((BP, BD), tl.float32)
+    losses = tl.zeros((LANES,), tl.float32)
+    # With stages the next columns' rows are on their way, by asynchronous copies to shared memory,
+    # while these are summed. It takes a loop without another inside: one prefix.
+    for first in tl.range(0, d, BD, num_stages=3):
+        cols = first + tl.arange(0, BD)
+        rows = load_weight_rows(weight, latents, real, cols, d)
+        suffix = tl.zeros((BD,), tl.float32)
+        if ends is None:
+            _, products, losses = _held_prefix(
+                0, token, cols, d, n_prefixes, value, latents, rows, bias, target, ends, weights,
+                x_hat, residual, suffixes, suffix, products, losses, LANES,
+            )  # fmt: skip
+        else:
+            for step in range(n_prefixes):
+                suffix, products, losses = _held_prefix(
+                    n_prefixes - 1 - step, token, cols, d, n_prefixes, value, latents, rows, bias,
+                    target, ends, weights, x_hat, residual, suffixes, suffix, products, losses,
+                    LANES,
+                )  # fmt: skip
+    tl.store(grad_values + token * k + pair, tl.sum(products, axis=1), mask=real)
+    _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES)
+
+
+@triton.jit
+def _looped_kernel(
+    values,  # (p,)
+    indices,  # (p,) int64
+    offsets,  # (n + 1,) int64 or None
+    weight,  # (d_sae, d)
+    bias,  # (d,) or None
+    target,  # (n, d)
+    ends,  # (P,) int64, or None for one prefix: the whole dictionary
+    weights,  # (P,) fp32, or None
+    x_hat,  # (n, d), out
+    residual,  # (n, d), out
+    suffixes,  # (n, P, d), out, or None
+    grad_values,  # (p,) fp32, out
+    loss,  # (n,) fp32, out
+    prefix_losses,  # (n, P) fp32, out
+    k,
+    d,
+    n_prefixes,
+    LANES: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One token with any number of pairs: BD columns of its rows are read again, from the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    low, high = pairs_of_token(token, offsets, k)
+    losses = tl.zeros((LANES,), tl.float32)
+    for first in range(0, d, BD):
+        cols = first + tl.arange(0, BD)
+        suffix = tl.zeros((BD,), tl.float32)
+        for step in range(n_prefixes):
+            p = n_prefixes - 1 - step
+            start, end, weight_of_p = _prefix(p, ends, weights)
+            x = tl.zeros((BD,), tl.float32)
+            for block in range(low, high, BP):
+                pairs = block + tl.arange(0, BP)
+                latents = tl.load(indices + pairs, mask=pairs < high, other=0)
+                real = (pairs < high) & (latents < end)
+                value = tl.load(values + pairs, mask=real, other=0.0).to(tl.float32)
+                rows = load_weight_rows(weight, latents, real, cols, d)
+                x += tl.sum(value[:, None] * rows, axis=0)
+            x, error = _error(token, cols, d, x, bias, target)
+            suffix += weight_of_p * error
+            _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes)
+            losses += tl.where(tl.arange(0, LANES) == p, tl.sum(error * error, axis=0), 0.0)
+            for block in range(low, high, BP):
+                pairs = block + tl.arange(0, BP)
+                latents = tl.load(indices + pairs, mask=pairs < high, other=0)
+                real = (pairs < high) & (latents >= start) & (latents < end)
+                rows = load_weight_rows(weight, latents, real, cols, d)
+                dots = tl.load(grad_values + pairs, mask=real & (first > 0), other=0.0)
+                dots += 2.0 * tl.sum(rows * suffix[None, :], axis=1)
+                tl.store(grad_values + pairs, dots, mask=real)
+        # The next columns' sums read what other threads of this program have just stored.
+        tl.debug_barrier()
+    _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES)
+
+
+# Elements of the block of rows that a program of 8 warps holds: 32 a thread, beside as many sums.
+HELD_ELEMENTS = 8192
+MOST_HELD_PAIRS = 128  # then 64 columns are read at a time: 128 bytes of 16-bit rows
+
+
+def launch_decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, x_hat, residual, grad_values, prefix_losses and suffixes (see `decode_loss`)."""
+    n, k = tokens_and_k(indices, offsets)
+    d, n_prefixes, several = W_dec.shape[1], len(ends), len(ends) > 1
+    dtype = result_dtype(values, W_dec, b_dec, target)
+    x_hat, residual = (W_dec.new_empty((n, d), dtype=dtype) for _ in range(2))
+    suffixes = W_dec.new_empty((n, n_prefixes, d) if several else (0,), dtype=dtype)
+    make = W_dec.new_empty if offsets is None else W_dec.new_zeros
+    grad_values = make(indices.shape, dtype=torch.float32)
+    loss = W_dec.new_empty((n,), dtype=torch.float32)
+    prefix_losses = W_dec.new_empty((n, n_prefixes), dtype=torch.float32)
+    rest = (
+        *(W_dec, b_dec, target),
+        *(_on_device(tuple(ends), tuple(weights), W_dec.device) if several else (None, None)),
+        *(x_hat, residual, suffixes if several else None, grad_values, loss, prefix_losses),
+        *(k, d, n_prefixes),
+    )
+    lanes = next_power_of_2(n_prefixes)
+    if offsets is None and k <= MOST_HELD_PAIRS:
+        pairs = next_power_of_2(k)
+        width = min(HELD_ELEMENTS // pairs, max(64, next_power_of_2(d)))
+        blocks = {"LANES": lanes, "BP": pairs, "BD": width}
+        launch(_held_kernel, (n,), values, indices, *rest, num_warps=8, **blocks)
+    else:
+        blocks = {"LANES": lanes, "BP": 32, "BD": 128}
+        launch(_looped_kernel, (n,), values, indices, offsets, *rest, num_warps=4, **blocks)
+    return loss, x_hat, residual, grad_values, prefix_losses, suffixes
+
+
+@lru_cache(maxsize=16)
+def _on_device(
+    ends: tuple[int, ...], weights: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return prefixes and weights as tensors: copied to a device once, not at every step."""
+    return torch.tensor(ends, device=device), torch.tensor(weights, device=device)
+
+
+def _decode_loss_by_torch(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `launch_decode_loss`, with one decode and one pass of dot products for all prefixes."""
+    n, d = target.shape
+    dtype = result_dtype(values, W_dec, b_dec, target)
+    wide = torch.promote_types(dtype, torch.float32)
+    code = values.to(wide), indices, offsets
+    order = None
+    if len(ends) > 1:
+        order, bags = _by_first_prefix(indices, offsets, n, ends)
+        code = code[0].reshape(-1)[order], indices.reshape(-1)[order], bags
+    parts = decode_rows(*code, W_dec, None, False).reshape(n, len(ends), d)
+    x_hats = parts.cumsum(1) if b_dec is None else parts.cumsum(1) + b_dec
+    errors = x_hats - target[:, None]
+    prefix_losses = errors.square().sum(-1)
+    scales = errors.new_tensor(weights)
+    suffixes = (errors * scales[:, None]).flip(1).cumsum(1).flip(1)
+    rows = suffixes.reshape(n * len(ends), d)
+    grad_values = 2 * values_grad(rows, code[1], code[2], W_dec, False)
+    if order is not None:
+        grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
+        grad_values = grad_values.reshape(indices.shape)
+    loss = prefix_losses @ scales
+    residual = -errors[:, -1].to(dtype)
+    suffixes = -suffixes.to(dtype) if len(ends) > 1 else residual.new_empty(0)
+    x_hat = x_hats[:, -1].contiguous().to(dtype)
+    return loss, x_hat, residual, grad_values, prefix_losses, suffixes
+
+
+def _by_first_prefix(
+    indices: Tensor, offsets: Tensor | None, n: int, ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sort the pairs by (token, first prefix that holds the latent).
+
+    Returns their order (p,) and the offsets (n·P + 1,) of the n·P bags.
+    """
+    tokens, flat = tokens_of_code(indices, offsets).reshape(-1), indices.reshape(-1)
+    bounds = torch.tensor(ends[:-1], device=flat.device)
+    bags = tokens * len(ends) + torch.searchsorted(bounds, flat, right=True)
+    segments = by_latent(bags.where(tokens < n, n * len(ends)), n * len(ends))
+    return segments.order, segments.offsets
+
+
+@torch.library.custom_op("sae_kernels::sparse_decode_loss", mutates_args=())
+def decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[float],
+    with_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss (n,), x_hat, residual (n, d), grad_values, prefix_losses (n, P) and suffixes.
+
+    suffixes (n, P, d) holds −E_p of the module's docstring; with one prefix it is empty, being the
+    residual.
+    """
+    form = launch_decode_loss if with_triton else _decode_loss_by_torch
+    code = values.contiguous(), indices.contiguous(), offsets
+    return form(*code, W_dec.contiguous(), b_dec, target.contiguous(), ends, weights)
+
+
+@decode_loss.register_fake
+def _(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[float],
+    with_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, d = target.shape
+    dtype, wide = (
+        result_dtype(values, W_dec, b_dec, target),
+        _loss_dtype(values, W_dec, b_dec, target),
+    )
+    several = len(ends) > 1
+    return (
+        target.new_empty((n,), dtype=wide),
+        target.new_empty((n, d), dtype=dtype),
+        target.new_empty((n, d), dtype=dtype),
+        values.new_empty(indices.shape, dtype=wide),
+        target.new_empty((n, len(ends)), dtype=wide),
+        target.new_empty((n, len(ends), d) if several else (0,), dtype=dtype),
+    )
+
+
+class _SparseDecodeLoss(torch.autograd.Function):
+    """The losses, with gradients to values, W_dec, b_dec and target that need no decoder row."""
+
+    @staticmethod
+    def forward(ctx, values, indices, offsets, W_dec, b_dec, target, ends, weights, with_triton):
+        loss, x_hat, residual, grad_values, prefix_losses, suffixes = decode_loss(
+            values, indices, offsets, W_dec, b_dec, target, ends, weights, with_triton
+        )
+        ctx.mark_non_differentiable(x_hat, residual, grad_values, prefix_losses)
+        kept = residual if len(ends) == 1 else suffixes
+        ctx.save_for_backward(values, indices, offsets, kept, grad_values)
+        ctx.ends, ctx.with_triton = list(ends), with_triton
+        ctx.weight_shape, ctx.weight_dtype = W_dec.shape, W_dec.dtype
+        ctx.bias_dtype = None if b_dec is None else b_dec.dtype
+        ctx.target_dtype = target.dtype
+        return loss, x_hat, residual, grad_values, prefix_losses
+
+    @staticmethod
+    def backward(ctx, *grads):
+        scale = 2 * grads[0]  # (n,)
+        values, indices, offsets, suffixes, dots = ctx.saved_tensors
+        n, d = scale.numel(), ctx.weight_shape[1]
+        suffixes = suffixes.reshape(n, len(ctx.ends), d)
+        per_pair = _per_pair(scale, indices, offsets)
+        grad_values = grad_weight = grad_bias = grad_target = None
+        if ctx.needs_input_grad[0]:
+            grad_values = (dots * (per_pair / 2)).to(values.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_weight = _weight_grad(ctx, values * -per_pair, indices, offsets, suffixes)
+        if ctx.needs_input_grad[4]:
+            # E_0 has the weighted errors of all prefixes, in each of which the bias stands.
+            grad_bias = (-scale.to(suffixes.dtype) @ suffixes[:, 0]).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[5]:
+            grad_target = (scale[:, None] * suffixes[:, 0]).to(ctx.target_dtype)
+        return grad_values, None, None, grad_weight, grad_bias, grad_target, None, None, None
+
+
+def _per_pair(scale: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return `scale` (n,) of each pair's token, broadcast against `indices`; 0 for padding."""
+    if offsets is None:
+        return scale[:, None]
+    tokens = tokens_of_pairs(offsets, indices.numel())
+    return torch.cat([scale, scale.new_zeros(1)])[tokens]
+
+
+def _weight_grad(
+    ctx, weights: Tensor, indices: Tensor, offsets: Tensor | None, suffixes: Tensor
+) -> Tensor:
+    """Return dL/dW_dec: each pair brings its token's suffix of the first prefix that holds it."""
+    n, n_prefixes, d = suffixes.shape
+    d_sae = ctx.weight_shape[0]
+    if n_prefixes > 1:
+        order, offsets = _by_first_prefix(indices, offsets, n, ctx.ends)
+        weights, indices = weights.reshape(-1)[order], indices.reshape(-1)[order]
+    rows = suffixes.reshape(n * n_prefixes, d)
+    return weight_grad(weights, indices, offsets, rows, d_sae, ctx.weight_dtype, ctx.with_triton)
+
+
+def _loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype of the losses: at least float32."""
+    return torch.promote_types(result_dtype(*tensors), torch.float32)
+
+
+def _prefixes_and_weights(
+    prefixes: Sequence[int] | None, weights: Sequence[float] | None, d_sae: int
+) -> tuple[list[int], list[float]]:
+    """Return the prefixes' ends and weights; raise ValueError where they do not fit `d_sae`."""
+    ends = [d_sae] if prefixes is None else [int(end) for end in prefixes]
+    starts = [0, *ends[:-1]]
+    if not ends or ends[-1] != d_sae or any(a >= b for a, b in zip(starts, ends, strict=True)):
+        raise ValueError(
+            f"`prefixes` must ascend from at least 1 to d_sae={d_sae}; got {ends}. Add d_sae as "
+            "the last prefix, or leave `prefixes` out for one loss."
+        )
+    given = [1.0] * len(ends) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(ends):
+        raise ValueError(
+            f"`prefix_weights` must have one weight a prefix; got {len(given)} weights for "
+            f"{len(ends)} prefixes. Pass as many, or leave it out for weights of 1."
+        )
+    return ends, given
+
+
+def sparse_decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    offsets: Tensor | None = None,
+    impl: Impl = "auto",
+    check_indices: bool = False,
+    check_finite: bool = False,
+) -> DecodeLoss:
+    """Return each token's squared error ‖x_hat − target‖², and what the same pass gives besides.
+
+    values, indices, W_dec, b_dec and offsets as in `sparse_decode`; target (..., d_out) is what
+    x_hat should be: the input for an autoencoder, another activation for a transcoder.
+    The losses are sums over d_out, not means, in at least float32, one a token: weight and average
+    them as you like. `prefixes` (ascending, the last d_sae) makes it Matryoshka's loss: `loss` is
+    the sum over prefixes of `prefix_weights` (1 each if None) times the squared error of decoding
+    with the latents below that prefix alone.
+
+    Gradients reach values, W_dec, b_dec and target through `loss` only. x_hat, residual,
+    grad_values (d loss / d value, for trainers that go on by hand) and prefix_losses carry none.
+    First derivatives only.
+
+    `check_indices` and `check_finite` as in `sparse_decode`.
+    Raises ValueError or TypeError for shapes, dtypes, devices, data or prefixes that do not fit.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders"; Bussmann et al. 2025,
+    "Learning Multi-Level Features with Matryoshka Sparse Autoencoders", eq. 4. Deviation: weights
+    of the prefixes.
+    """
+    check_floating(values=values, W_dec=W_dec, b_dec=b_dec, target=target)
+    check_same_device(
+        values=values, indices=indices, offsets=offsets, W_dec=W_dec, b_dec=b_dec, target=target
+    )
+    check_code("values", values, indices, offsets)
+    check_shape("W_dec", W_dec, {"d_sae": None, "d_out": None})
+    check_shape("b_dec", b_dec, {"d_out": W_dec.shape[1]})
+    check_shape("target", target, {**leading_axes(indices, offsets), "d_out": W_dec.shape[1]})
+    ends, weights = _prefixes_and_weights(prefixes, prefix_weights, W_dec.shape[0])
+    check_index_range(indices, W_dec.shape[0], check_indices)
+    check_finite_values(check_finite, values=values, W_dec=W_dec, b_dec=b_dec, target=target)
+    form = choose_form(impl, "sparse_decode_loss", values, W_dec, b_dec, target)
+    if form == "reference":
+        return sparse_decode_loss_reference(
+            values,
+            indices,
+            W_dec,
+            b_dec,
+            target,
+            prefixes=ends,
+            prefix_weights=weights,
+            offsets=offsets,
+        )
+    leading = target.shape[:-1]
+    rows = target.reshape(leading.numel(), target.shape[-1])
+    pairs = values, indices
+    if offsets is None:
+        pairs = (half.reshape(rows.shape[0], indices.shape[-1]) for half in pairs)
+    found = _SparseDecodeLoss.apply(
+        *pairs, offsets, W_dec, b_dec, rows, ends, weights, form == "triton"
+    )
+    loss, x_hat, residual, grad_values, prefix_losses = found
+    return DecodeLoss(
+        loss.reshape(leading),
+        x_hat.reshape(target.shape),
+        residual.reshape(target.shape),
+        grad_values.reshape(values.shape),
+        prefix_losses.reshape(*leading, len(ends)),
+    )

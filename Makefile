@@ -14,7 +14,7 @@ quickstart:
 	@$(VENV)/bin/python scripts/quickstart.py --run.folder $(RUN)
 
 test:
-	@$(PYTHON) scripts/install.py demo dev
+	@$(PYTHON) scripts/install.py demo dev triton36
 	$(VENV)/bin/python -m pytest
 
 check:

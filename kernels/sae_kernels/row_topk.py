@@ -11,8 +11,9 @@ Group maxima: cut a row into groups; the k groups with the largest maxima hold a
 ≥ the smallest of those maxima, and everything outside them is ≤ it. So their members always
 contain a valid top-k set: exact, with no threshold to guess and no buffer to overflow.
 
-Three kernels, one program a row: `direct` holds the whole row in registers, `groups` the maxima of
-its groups and then the members of k of them, `streaming` only blocks of it, for any k and F.
+Three kernels, one program a row: `direct` holds the whole row in registers; `groups` the maxima of
+its groups, then those of the pieces of k groups, then the elements of k pieces; `streaming` only
+blocks of it, for any k and F.
 """
 
 from typing import NamedTuple
@@ -150,7 +151,7 @@ def direct_kernel(
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Select in registers: BLOCK ≥ width, at most 16384."""
+    """Select from the whole row, in registers: BLOCK ≥ width."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
     offsets = tl.arange(0, BLOCK)
@@ -237,8 +238,11 @@ def groups_kernel(
     tl.store(scratch_ptr + place, group, mask=take)
     tl.debug_barrier()
     piece, real = pieces_of_groups(scratch_ptr, k, width, N_GROUPS, PIECE, PIECES, K2)
-    offsets = piece[:, None] * PIECE + lane
-    maxima = piece_maxima(tl.load(x_ptr + offsets, mask=offsets < width, other=float("-inf")))
+    offsets = tl.where(real, piece, 0)[:, None] * PIECE + lane
+    if HAS_TAIL:
+        maxima = piece_maxima(tl.load(x_ptr + offsets, mask=offsets < width, other=float("-inf")))
+    else:
+        maxima = piece_maxima(tl.load(x_ptr + offsets))
     keys = tl.where(real, order_key(maxima, BITS), lowest_key(BITS))
     take, place = winners(keys, k, BITS)
     tl.debug_barrier()
@@ -321,10 +325,12 @@ def streaming_kernel(
         n_equal += tl.sum(equal.to(tl.int32), axis=0)
 
 
-# What a program's registers hold: the keys of a selection, 16 a thread of 16 warps; the pieces it
-# takes the maxima of at once, 8 loads of 16 bytes a thread.
+# What a program's registers hold: the keys of a selection, 8 a thread of 32 warps; the pieces whose
+# maxima it takes at once, 4 a thread.
 MAX_KEYS = 8192
 MAX_PIECES = 4096
+# 8 loads for each thread of one warp: with fewer on their way a row streams slower.
+MIN_GROUPS = 256
 # One load of a thread.
 PIECE_BYTES = 16
 # A block of the streaming kernel: 8 elements for each thread of 8 warps.
@@ -358,7 +364,7 @@ def cut_in_groups(width: int, k: int, n_groups: int, piece: int) -> Groups | Non
 
 def best_groups(width: int, k: int, itemsize: int) -> Groups | None:
     """Return the cut that selects from the fewest elements in all, or None where none fits."""
-    best, n_groups = None, next_power_of_2(k)
+    best, n_groups = None, max(next_power_of_2(k), MIN_GROUPS)
     while n_groups <= MAX_PIECES:
         groups = cut_in_groups(width, k, n_groups, PIECE_BYTES // itemsize)
         if groups and (best is None or sum(groups.selections(k)) < sum(best.selections(k))):
@@ -380,9 +386,13 @@ def choose_kernel(width: int, k: int, itemsize: int) -> Groups | str:
     return groups if groups and 2 * sum(groups.selections(k)) <= block else "direct"
 
 
-def _warps(n: int, per_warp: int) -> int:
-    """Return the number of warps, 1 to 16, that gives each about `per_warp` of n elements."""
-    return min(max(next_power_of_2(n) // per_warp, 1), 16)
+def _warps(n: int) -> int:
+    """Return the warps of a program that selects from n elements.
+
+    Eight elements a thread; from 4096 on as few as 32 warps give, since a program of 16 warps would
+    need so many registers that it had the processor to itself all the same.
+    """
+    return 32 if n >= 4096 else max(n // 256, 1)
 
 
 def _outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -391,7 +401,7 @@ def _outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def launch_direct(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of the rows of x (n, F ≤ 16384); elements of a row are neighbours."""
+    """Return the k largest of the rows of x (n, F); `MAX_KEYS` bounds F."""
     n, width = x.shape
     values, indices = _outputs(x, k)
     block = max(next_power_of_2(width), 16)
@@ -406,7 +416,7 @@ def launch_direct(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x.stride(0),
         BLOCK=block,
         BITS=KEY_BITS[x.dtype],
-        num_warps=_warps(block, 512),
+        num_warps=_warps(block),
     )
     return values, indices
 
@@ -431,7 +441,7 @@ def launch_groups(x: Tensor, k: int, groups: Groups) -> tuple[Tensor, Tensor]:
         K2=next_power_of_2(k),
         HAS_TAIL=width % (n_groups * groups.piece) != 0,
         BITS=KEY_BITS[x.dtype],
-        num_warps=max(_warps(max(n_groups, n_pieces), 256), _warps(n_candidates, 256)),
+        num_warps=_warps(max(n_groups, n_pieces, n_candidates)),
     )
     return values, indices
 
@@ -451,7 +461,7 @@ def launch_streaming(x: Tensor, k: int, block: int = STREAMING_BLOCK) -> tuple[T
         x.stride(0),
         BLOCK=block,
         BITS=KEY_BITS[x.dtype],
-        num_warps=_warps(block, 256),
+        num_warps=_warps(block),
     )
     return values, indices
 

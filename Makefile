@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+WORKERS ?= 2
 export VENV
 
 .PHONY: quickstart test check format install clean
@@ -15,7 +16,7 @@ quickstart:
 
 test:
 	@$(PYTHON) scripts/install.py demo dev triton36
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS)
 
 check:
 	@$(PYTHON) scripts/install.py demo dev

@@ -8,7 +8,7 @@ that specifies it. All weights are (d_sae, d): row j is latent j.
 Losses, optimisers' policies and anything that remembers a previous call do not live here.
 """
 
-from .batch_topk import batch_topk, batch_topk_reference
+from .batch_selection import batch_topk, batch_topk_reference
 from .checks import set_debug
 from .decode import sparse_decode, sparse_decode_reference
 from .decode_loss import DecodeLoss, sparse_decode_loss, sparse_decode_loss_reference
@@ -27,7 +27,7 @@ from .fused_update import (
 from .moments import Moments, new_moments
 from .ragged import Ragged
 from .row_topk import topk, topk_by_groups, topk_reference
-from .threshold_select import (
+from .threshold_selection import (
     Selected,
     jumprelu_theta_grad,
     threshold_select,

@@ -91,7 +91,8 @@ def _run_kind(run: Run, shape: Shape, firing: Firing, kind: str, rows: Sequence[
     inputs = _attempt(run, failure, partial(_draw, run, shape, firing, kind))
     for row in rows:
         contenders = [c for c in row.contenders if run.clock.device_type in c.devices]
-        for group in [contenders] if run.clock.interleaves else [[c] for c in contenders]:
+        groups = [contenders] if run.clock.interleaves else [[c] for c in contenders]
+        for group in filter(None, groups):
             results = [_blank(row, shape, firing, contender) | failure for contender in group]
             if inputs:
                 _run_group(run, row, shape, list(zip(group, results, strict=True)), inputs)

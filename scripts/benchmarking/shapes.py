@@ -28,7 +28,7 @@ GPU_SHAPES = {
 }
 CPU_SHAPES = {
     shape.name: shape
-    for shape in (Shape("small", 1024, 576, 4608, 32), Shape("wide", 256, 768, 24_576, 32))
+    for shape in (Shape("small", 1024, 576, 4608, 32), Shape("wide", 256, 576, 16_384, 32))
 }
 
 

@@ -196,7 +196,10 @@ def _gradients_work(shape: Shape, itemsize: int) -> tuple[Term, ...]:
 
 def _update_forms(moment_format: str, make: Callable[..., Call]) -> tuple[Contender, ...]:
     # The update's "reference" is its torch form, which `auto` is on a CPU.
-    return forms(lambda impl: _stepping(moment_format, partial(make, impl)), reference_on=())
+    found = forms(lambda impl: _stepping(moment_format, partial(make, impl)), reference_on=())
+    # Rounding to narrow moments takes the torch form seconds, and is for GPUs whose memory is full.
+    devices = ("cuda", "cpu") if moment_format == "fp32" else ("cuda",)
+    return tuple(c._replace(devices=devices) if c.name == "auto" else c for c in found)
 
 
 _PEER = Contender(

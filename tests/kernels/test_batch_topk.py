@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALF, each_dtype, outputs_and_gradients
 from torch import Tensor
 
-from sae_kernels.batch_topk import (
+from sae_kernels import batch_selection as module
+from sae_kernels.batch_selection import (
     Cut,
     Selection,
     batch_topk,
@@ -28,8 +28,6 @@ from sae_kernels.batch_topk import (
 )
 from sae_kernels.launching import record_launches
 
-# The package may give the op the module's name.
-module = importlib.import_module("sae_kernels.batch_topk")
 SPECIAL = [0.0, -0.0, 1.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, -math.nan]
 FLOATS = [torch.float32, *HALF]
 

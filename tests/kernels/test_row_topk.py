@@ -175,14 +175,23 @@ def test_elements_that_are_not_neighbours(generator) -> None:
 
 
 @needs_triton
+def test_a_missing_piece_is_below_minus_infinity() -> None:
+    """Group 3's second piece lies past the row; among equals it would come before real ones."""
+    x = torch.full((1, 7), -INF).to(DEVICE)
+    x[0, 3] = 0
+    assert_is_topk(x, *launch_groups(x, 4, Groups(n_groups=4, pieces=2, piece=1)), 4)
+
+
+@needs_triton
 @each_kernel
 def test_rows_past_2_to_the_31_elements(kernel: str, tmp_path: Path, generator) -> None:
-    stride, rows = 2**31 + 16, torch.randn(2, 20, generator=generator).half()
+    """The stride fits 32 bits, its product with the row does not."""
+    stride, rows = 2**30 + 16, torch.randn(3, 20, generator=generator).half()
     file = tmp_path / "sparse"
     with file.open("wb") as sink:  # a hole: takes no space on disk or in memory
-        sink.truncate((stride + 32) * 2)
-    whole = torch.from_file(str(file), size=stride + 32, dtype=torch.float16, shared=True)
-    x = whole.to(DEVICE).as_strided((2, 20), (stride, 1))
+        sink.truncate((2 * stride + 32) * 2)
+    whole = torch.from_file(str(file), size=2 * stride + 32, dtype=torch.float16, shared=True)
+    x = whole.to(DEVICE).as_strided((3, 20), (stride, 1))
     x.copy_(rows)
     assert_is_topk(x, *run_kernel(kernel, x, 3), 3)
 

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from contextlib import AbstractContextManager, ExitStack
-from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -23,14 +22,15 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from sae_kernels import sparse_decode, sparse_decode_reference
+from sae_kernels import (
+    Selected,
+    sparse_decode,
+    sparse_decode_reference,
+    threshold_select,
+)
+from sae_kernels import threshold_selection as module
 from sae_kernels.launching import HAS_TRITON, launch, record_launches
 from sae_kernels.ragged import Ragged, tokens_of_pairs
-
-# The package may export the op, which has its module's name.
-module = import_module("sae_kernels.threshold_select")
-threshold_select = module.threshold_select
-Selected = module.Selected
 
 # "cpu" is the fast form of a CPU and "torch" that of a GPU without Triton, which runs anywhere.
 FORMS = ["reference", "cpu", "torch", *(["triton"] if HAS_TRITON else [])]
@@ -121,7 +121,7 @@ def test_every_pair_of_special_values(form: str, dtype, bandwidth) -> None:
     assert_is_selection(select(form, x, theta, bandwidth=bandwidth), x, theta, bandwidth)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), n=st.integers(0, 5), is_scalar=st.booleans())
 def test_any_elements_and_thresholds(data, n: int, is_scalar: bool) -> None:
     width = data.draw(st.sampled_from([1, 2, 31, 32, 33, 70]))
@@ -137,14 +137,19 @@ def test_any_elements_and_thresholds(data, n: int, is_scalar: bool) -> None:
         assert_is_selection(select(form, x, theta, bandwidth=bandwidth), x, theta, bandwidth)
 
 
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 33), (3, 64), (0, 40), (4, 1)])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        (form, dtype)
+        for form in FORMS
+        for dtype in (torch.float64, torch.float32, *HALF)
+        if (form, dtype) != ("triton", torch.float64)
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 33), (2, 64), (0, 40), (3, 1)])
 def test_shapes_and_dtypes(
     form: str, dtype: torch.dtype, shape: tuple[int, int], generator
 ) -> None:
-    if form == "triton" and dtype == torch.float64:
-        dtype = torch.float32
     x, theta = draw(*shape, generator, dtype)
     for thresholds in (theta, theta[0].clone(), theta.float()):
         found = select(form, x, thresholds, bandwidth=0.5)
@@ -250,7 +255,7 @@ def test_overflow_is_loud(form: str, name: str, generator) -> None:
 def test_overflow_on_a_gpu_is_an_error_of_the_device() -> None:
     """In a process of its own, since it ends the use of the GPU."""
     code = (
-        "import torch; from sae_kernels.threshold_select import threshold_select as t;"
+        "import torch; from sae_kernels.threshold_selection import threshold_select as t;"
         "t(torch.ones(2, 40).cuda(), torch.zeros(40).cuda(), capacity=79);"
         "torch.cuda.synchronize()"
     )
@@ -336,7 +341,7 @@ def test_the_window_changes_no_value(generator) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("is_scalar", [False, True])
 def test_gradients_obey_the_law(form: str, dtype, is_scalar: bool, generator) -> None:
-    x, theta = (tensor.to(DEVICE) for tensor in draw(9, 50, generator, dtype))
+    x, theta = (tensor.to(DEVICE) for tensor in draw(6, 50, generator, dtype))
     theta = theta[0].clone() if is_scalar else theta
 
     def outputs(form: str, x: Tensor, theta: Tensor) -> tuple[Tensor, ...]:

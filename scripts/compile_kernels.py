@@ -182,7 +182,7 @@ class Case(NamedTuple):
 
 SUMS = ("_tile_sums_kernel", "_segment_sums_kernel")
 CASES = {
-    # direct_kernel reads a row once, at most 4 elements a thread: its selection wants many threads.
+    # direct_kernel holds a row in registers, of some widths 4 elements a thread: 8 bytes of 16 bits.
     "topk": Case(run_topk, ("groups_kernel", "streaming_kernel")),
     "batch_topk": Case(run_batch_topk, ("group_maxima_kernel",)),
     "threshold_select": Case(run_threshold_select, ("_mark_kernel",)),

@@ -718,7 +718,7 @@ def _scatter_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None,
     indices, offsets = ctx.saved_tensors
     n, width = ctx.shape
     positions = tokens_of_pairs(offsets, indices.numel()) * width + indices
-    grad_x = grad_values.new_zeros(n * width).scatter(0, positions, grad_values)
+    grad_x = grad_values.new_zeros(n * width).scatter_(0, positions, grad_values)
     return grad_x.view(n, width), None, None
 
 

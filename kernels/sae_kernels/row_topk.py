@@ -354,8 +354,8 @@ class Groups(NamedTuple):
 
 
 def cut_in_groups(width: int, k: int, n_groups: int, piece: int) -> Groups | None:
-    """Return the cut into `n_groups`, or None where that leaves one empty or k are too many."""
-    if n_groups < k or n_groups * piece > width:
+    """Return the cut into `n_groups` ≥ k, or None where one would be empty or k are too many."""
+    if n_groups * piece > width:
         return None
     groups = Groups(n_groups, next_power_of_2(cdiv(width, n_groups * piece)), piece)
     _, n_pieces, n_candidates = groups.selections(k)
@@ -505,14 +505,13 @@ def _(x: Tensor, k: int, sorted: bool, with_triton: bool) -> tuple[Tensor, Tenso
 
 def _save_indices(ctx, inputs, output) -> None:
     _, indices = output
-    ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(indices)
     ctx.width = inputs[0].shape[1]
 
 
 def _scatter_grad(ctx, grad, _):
     (indices,) = ctx.saved_tensors
-    return grad.new_zeros((grad.shape[0], ctx.width)).scatter(1, indices, grad), None, None, None
+    return grad.new_zeros((grad.shape[0], ctx.width)).scatter_(1, indices, grad), None, None, None
 
 
 topk_op.register_autograd(_scatter_grad, setup_context=_save_indices)

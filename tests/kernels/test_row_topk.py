@@ -13,7 +13,12 @@ from kernel_cases import each_dtype
 from torch import Tensor
 
 import sae_kernels
-from sae_kernels.launching import HAS_TRITON, next_power_of_2, record_launches
+from sae_kernels.launching import (
+    HAS_TRITON,
+    INTERPRETING,
+    next_power_of_2,
+    record_launches,
+)
 from sae_kernels.row_topk import (
     CPU_GROUP_SIZE,
     MAX_KEYS,
@@ -133,6 +138,9 @@ def test_kernels_are_exact_for_any_row(kernel: str, data) -> None:
     numbers = special | st.floats(-9, 9, width=16)
     row = data.draw(st.lists(numbers, min_size=width, max_size=width))
     x = torch.tensor([row], dtype=torch.float32).to(dtype).to(DEVICE)
+    if INTERPRETING and dtype == torch.bfloat16:
+        # The interpreter makes subnormal bfloat16 zero when it converts it; a GPU does not.
+        x[x.abs() < torch.finfo(dtype).tiny] = 0
     assert_is_topk(x, *run_kernel(kernel, x, k), k)
 
 

@@ -182,7 +182,7 @@ class Case(NamedTuple):
 
 SUMS = ("_tile_sums_kernel", "_segment_sums_kernel")
 CASES = {
-    # direct_kernel holds a row in registers, of some widths 4 elements a thread: 8 bytes of 16 bits.
+    # direct_kernel holds a row in registers, at some widths 4 elements (8 bytes) a thread.
     "topk": Case(run_topk, ("groups_kernel", "streaming_kernel")),
     "batch_topk": Case(run_batch_topk, ("group_maxima_kernel",)),
     "threshold_select": Case(run_threshold_select, ("_mark_kernel",)),
@@ -201,7 +201,7 @@ class Task:
     launch: Launch
     dtype: str
     arch: int
-    arguments: str  # types, constants and alignments, as Triton's binder found them
+    arguments: str  # what it is specialised on, as Triton's binder found it
     shapes: list[str] = field(default_factory=list)  # whose launches need just this one
     needs_wide_loads: bool = False
     grid: tuple[int, ...] = ()  # of those launches, the largest number on each axis
@@ -298,13 +298,14 @@ def find_tasks(
 
 
 def specialise(launch: Launch, arch: int) -> str:
-    """Return what Triton specialises a kernel on: its arguments' types, constants, alignments."""
+    """Return what a kernel is compiled for: types, constants, alignments, options of a launch."""
     pretend(arch)
     binder = launch.kernel.device_caches[arch][4]
-    _, arguments, _ = binder(*launch.args, **launch.constants)
+    _, arguments, options = binder(*launch.args, **launch.constants)
     names = [parameter.name for parameter in launch.kernel.params]
     kinds = (" ".join(str(part) for part in kind if part not in ("", None)) for kind in arguments)
-    return ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+    named = [*zip(names, kinds, strict=True), *options.items()]
+    return ", ".join(f"{name}: {kind}" for name, kind in named)
 
 
 def compile_task(task: Task) -> Row:

@@ -309,7 +309,9 @@ def launch_decode_loss(
         *(k, d, n_prefixes),
     )
     lanes = next_power_of_2(n_prefixes)
-    if offsets is None and k <= MOST_HELD_PAIRS:
+    # Rows that do not begin at 16 bytes take too many addresses to be held.
+    is_aligned = d * W_dec.itemsize % 16 == 0
+    if offsets is None and k <= MOST_HELD_PAIRS and is_aligned:
         pairs = next_power_of_2(k)
         width = min(HELD_ELEMENTS // pairs, max(64, next_power_of_2(d)))
         blocks = {"LANES": lanes, "BP": pairs, "BD": width}

@@ -166,91 +166,76 @@ def _gradient_row(
 
 @triton.jit
 def _update_kernel(
-    order,  # (p,) int64, or None with dense gradients, as all to `enc_tile_weights`
+    order,  # (p,) int64, or None with dense gradients, as all to `tile_weights`
     tokens,  # (p,) int64
     offsets,  # (d_sae + 1,) int64
-    values,  # (p,), unsorted
-    grad_pre_acts,  # (p,), unsorted
-    grad_rows,  # (n, d_out)
-    input_rows,  # (n, d_in)
-    dec_tile_rows,  # (n_tiles, d_out) fp32
-    dec_tile_weights,  # (n_tiles,) fp32
-    enc_tile_rows,  # (n_tiles, d_in) fp32
-    enc_tile_weights,  # (n_tiles,) fp32
-    dense_enc,  # (d_sae, d_in), or None
-    dense_dec,  # (d_sae, d_out), or None
+    pair_weights,  # (p,), unsorted
+    rows,  # (n, d)
+    tile_rows,  # (n_tiles, d) fp32
+    tile_weights,  # (n_tiles,) fp32
+    dense,  # (d_sae, d), or None
     dense_bias,  # (d_sae,), or None
-    W_enc,
-    W_dec,
-    b_enc,
-    enc_m,
-    enc_v,
-    enc_m_scale,
-    enc_v_scale,
-    dec_m,
-    dec_v,
-    dec_m_scale,
-    dec_v_scale,
+    weight,  # (d_sae, d)
+    shadow,  # (d_sae, d), or None
+    m,
+    v,
+    m_scale,
+    v_scale,
+    bias,  # (d_sae,), or None for the decoder, as all to `bias_terms`
     bias_m,
     bias_v,
-    enc_shadow,
-    dec_shadow,
-    bias_terms,  # (n_programs, d_in) fp32, out: Σ G_b · W_enc over a program's latents
+    bias_terms,  # (n_programs, d) fp32, out: Σ G_b · W_enc over a program's latents
     rates,  # (3,) fp32
     step_ptr,  # () int64
     beta1,
     beta2,
     eps,
     d_sae,
-    d_in,
-    d_out,
+    d,
     LAZY: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BP: tl.constexpr,
-    BD_IN: tl.constexpr,
-    BD_OUT: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """Update ROWS neighbouring latents, one after the other."""
+    """Update ROWS neighbouring rows of one matrix, one after the other, and its bias if it has one.
+
+    The encoder and the decoder are a launch each: together they need more registers than there are.
+    """
     program = tl.program_id(0).to(tl.int64)
     step = tl.load(step_ptr)
-    cols_in = tl.arange(0, BD_IN)
-    cols_out = tl.arange(0, BD_OUT)
-    bias_term = tl.zeros((BD_IN,), tl.float32)
+    cols = tl.arange(0, BD)
+    bias_term = tl.zeros((BD,), tl.float32)
     for latent in range(program * ROWS, tl.minimum((program + 1) * ROWS, d_sae)):
         is_due = True
         if LAZY:
             is_due = tl.load(offsets + latent) < tl.load(offsets + latent + 1)
         if is_due:
-            grad, _ = _gradient_row(
-                latent, order, tokens, offsets, values, grad_rows, dec_tile_rows,
-                dec_tile_weights, dense_dec, None, cols_out, d_out, TILE, BP, BD_OUT,
-            )  # fmt: skip
-            _update_row(
-                latent, cols_out, d_out, grad, W_dec, dec_shadow, dec_m, dec_v, dec_m_scale,
-                dec_v_scale, rates, step, beta1, beta2, eps, UNIT,
-            )  # fmt: skip
             grad, bias_grad = _gradient_row(
-                latent, order, tokens, offsets, grad_pre_acts, input_rows, enc_tile_rows,
-                enc_tile_weights, dense_enc, dense_bias, cols_in, d_in, TILE, BP, BD_IN,
+                latent, order, tokens, offsets, pair_weights, rows, tile_rows, tile_weights, dense,
+                dense_bias, cols, d, TILE, BP, BD,
             )  # fmt: skip
             old = _update_row(
-                latent, cols_in, d_in, grad, W_enc, enc_shadow, enc_m, enc_v, enc_m_scale,
-                enc_v_scale, rates, step, beta1, beta2, eps, False,
+                latent, cols, d, grad, weight, shadow, m, v, m_scale, v_scale, rates, step,
+                beta1, beta2, eps, UNIT,
             )  # fmt: skip
-            bias_term += bias_grad * old
-            first = tl.load(bias_m + latent)
-            second = tl.load(bias_v + latent)
-            change, first, second = _adam(bias_grad, first, second, rates, beta1, beta2, eps)
-            tl.store(bias_m + latent, first)
-            tl.store(bias_v + latent, second)
-            tl.store(b_enc + latent, tl.load(b_enc + latent) - change)
-    tl.store(bias_terms + program * d_in + cols_in, bias_term, mask=cols_in < d_in)
+            if bias is not None:
+                bias_term += bias_grad * old
+                first = tl.load(bias_m + latent)
+                second = tl.load(bias_v + latent)
+                change, first, second = _adam(bias_grad, first, second, rates, beta1, beta2, eps)
+                tl.store(bias_m + latent, first)
+                tl.store(bias_v + latent, second)
+                tl.store(bias + latent, tl.load(bias + latent) - change)
+    if bias is not None:
+        tl.store(bias_terms + program * d + cols, bias_term, mask=cols < d)
 
 
 # Latents a program: 16 share one partial sum of b_dec's encoder term, 1/16 of a weight's bytes.
 ROWS = 16
+# Left alone, ptxas aims for more programs at once and spills a few registers to get them.
+MOST_REGISTERS, REGISTERS_OF_A_PROCESSOR = 255, 65536
 PAIRS = 4  # rows gathered at once: with whole rows of 4096 columns, 64 KB
 
 
@@ -270,48 +255,57 @@ def launch_update(
     Either `segments`, `code` and the two rows, or `gradients`.
     """
     d_sae, d_in = dictionary.W_enc.shape
-    d_out = dictionary.W_dec.shape[1]
-    sums = (None,) * 4
-    pairs = (None,) * 7
+    bias_terms = dictionary.W_enc.new_empty((cdiv(d_sae, ROWS), d_in))
+    bias = dictionary.b_enc, dictionary.b_enc_m, dictionary.b_enc_v, bias_terms
     if segments is not None and code is not None:
-        assert grad_rows is not None
-        assert input_rows is not None
-        values, grad_pre_acts = code.values.reshape(-1), code.grad_pre_acts.reshape(-1)
-        pairs = (segments.order, segments.tokens, segments.offsets, values, grad_pre_acts)
-        pairs += (grad_rows, input_rows)
-        sums = (
-            *launch_tile_sums(segments, values, grad_rows),
-            *launch_tile_sums(segments, grad_pre_acts, input_rows),
+        dec_from = *_pairs(segments, code.values, grad_rows), None, None
+        enc_from = *_pairs(segments, code.grad_pre_acts, input_rows), None, None
+    else:
+        assert gradients is not None
+        dec_from = *(None,) * 7, gradients.W_dec, None
+        enc_from = *(None,) * 7, gradients.W_enc, gradients.b_enc
+    for source, weight, shadow, moments, biases, is_unit in (
+        (
+            dec_from,
+            dictionary.W_dec,
+            dictionary.dec_shadow,
+            dictionary.dec_moments,
+            None,
+            unit_norm,
+        ),
+        (enc_from, dictionary.W_enc, dictionary.enc_shadow, dictionary.enc_moments, bias, False),
+    ):
+        width = next_power_of_2(weight.shape[1])
+        num_warps = _warps(width, moments)
+        launch(
+            _update_kernel,
+            (bias_terms.shape[0],),
+            *(*source, weight, shadow, *moments, *(biases or (None,) * 4)),
+            *(scalars.rates, scalars.step, scalars.beta1, scalars.beta2, scalars.eps),
+            *weight.shape,
+            num_warps=num_warps,
+            maxnreg=min(MOST_REGISTERS, REGISTERS_OF_A_PROCESSOR // (32 * num_warps)),
+            LAZY=lazy,
+            UNIT=is_unit,
+            ROWS=ROWS,
+            TILE=TILE,
+            BP=PAIRS,
+            BD=width,
         )
-    dense = (None,) * 3 if gradients is None else gradients
-    n_programs = cdiv(d_sae, ROWS)
-    bias_terms = dictionary.W_enc.new_empty((n_programs, d_in))
-    widths = next_power_of_2(d_in), next_power_of_2(d_out)
-    launch(
-        _update_kernel,
-        (n_programs,),
-        *(*pairs, *sums, *dense),
-        *(dictionary.W_enc, dictionary.W_dec, dictionary.b_enc),
-        *(*dictionary.enc_moments, *dictionary.dec_moments),
-        *(dictionary.b_enc_m, dictionary.b_enc_v),
-        *(dictionary.enc_shadow, dictionary.dec_shadow, bias_terms),
-        *(scalars.rates, scalars.step, scalars.beta1, scalars.beta2, scalars.eps),
-        *(d_sae, d_in, d_out),
-        num_warps=_warps(max(widths), dictionary.enc_moments),
-        LAZY=lazy,
-        UNIT=unit_norm,
-        ROWS=ROWS,
-        TILE=TILE,
-        BP=PAIRS,
-        BD_IN=widths[0],
-        BD_OUT=widths[1],
-    )
     return bias_terms.sum(0)
 
 
+def _pairs(segments: Segments, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """Return what sums a matrix's gradient from pairs, tiles of hubs summed already."""
+    assert rows is not None
+    flat = weights.reshape(-1)
+    lists = segments.order, segments.tokens, segments.offsets
+    return *lists, flat, rows, *launch_tile_sums(segments, flat, rows)
+
+
 def _warps(width: int, moments: Moments) -> int:
-    """Return warps for rows of `width`: 16 elements a thread, 8 where 8-bit rounding needs room."""
-    per_warp = 256 if moments.m.dtype == torch.int8 else 512
+    """Return warps for rows of `width`: 16 elements a thread, 8 where rounding needs registers."""
+    per_warp = 512 if moments.m.dtype == torch.float32 else 256
     return min(16, max(1, width // per_warp))
 
 

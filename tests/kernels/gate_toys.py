@@ -55,6 +55,7 @@ TOYS = {  # kernel, grid, arguments, constants
     "unaligned": (_copy, GRID, (X, X, WIDTH + 1, 1), {"WIDTH": WIDTH}),
     "crowding": (_copy, CROWD, (X, X, WIDTH, 7), {"WIDTH": WIDTH}),
     "spilling": (_hold_too_much, GRID, (X, X), {"WIDTH": 8 * WIDTH, "num_warps": 1}),
+    "capped": (_hold_too_much, GRID, (X, X), {"WIDTH": 2 * WIDTH, "num_warps": 1, "maxnreg": 32}),
     "atomic": (_add_atomically, GRID, (X, X), {"WIDTH": WIDTH}),
     "sharing": (
         _share_too_much,

@@ -37,7 +37,7 @@ CASES = [
 # The interpreter takes about a millisecond a step of a loop.
 TRITON_CASES = [
     Case(n=5, d=13, d_sae=16, k=5),
-    Case(n=2, d=133, d_sae=12, k=9),
+    Case(n=2, d=136, d_sae=12, k=9),
     Case(n=14, d=8, d_sae=6, k=3, firing="hub"),
     Case(n=5, d=8, d_sae=24, k=2, firing="few"),
     Case(n=5, d=8, d_sae=10, k=1),

@@ -147,6 +147,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, dict]
     ("toy", "rule"),
     [
         ("spilling", "spills: "),
+        ("capped", "spills: "),
         ("sharing", "shared memory: 262144 bytes of 232448"),
         ("unaligned", "wide loads: none of 8 "),
         ("atomic", "atomics: "),
@@ -168,12 +169,13 @@ def test_gate_passes_a_good_kernel_and_fails_as_a_whole(toys) -> None:
     assert rows["good"]["wide_loads"] == rows["good"]["global_loads"] > 0
     assert "empty" not in rows  # no program is launched, so none is compiled
     assert exit_code == 1
-    assert "7 kernels compiled" in printed
-    assert "6 refused" in printed
+    assert "8 kernels compiled" in printed
+    assert "7 refused" in printed
 
 
 def test_arguments_are_specialised_as_at_a_launch(toys) -> None:
     _, rows, _ = toys
+    assert rows["capped"]["arguments"].endswith("WIDTH: constexpr 2048, maxnreg: 32")
     shared = "x: *fp32 D, out: *fp32 D, stride: "
     assert rows["good"]["arguments"] == f"{shared}i32 D, n: i64 D, WIDTH: constexpr 1024"
     assert rows["unaligned"]["arguments"] == f"{shared}i32, n: constexpr 1, WIDTH: constexpr 1024"

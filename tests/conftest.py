@@ -17,6 +17,8 @@ import torch
 # With a GPU the kernels are compiled, and the same tests run them there.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 warns at its first compilation where this is unset, and warnings are errors here.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 # Two threads a process stall on machines that are shared; one gives the same numbers everywhere.
 torch.set_num_threads(1)

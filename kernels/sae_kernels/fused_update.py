@@ -275,8 +275,7 @@ def launch_update(
         ),
         (enc_from, dictionary.W_enc, dictionary.enc_shadow, dictionary.enc_moments, bias, False),
     ):
-        width = next_power_of_2(weight.shape[1])
-        num_warps = _warps(width, moments)
+        num_warps = _warps(weight.shape[1], moments)
         launch(
             _update_kernel,
             (bias_terms.shape[0],),
@@ -290,7 +289,7 @@ def launch_update(
             ROWS=ROWS,
             TILE=TILE,
             BP=PAIRS,
-            BD=width,
+            BD=next_power_of_2(weight.shape[1]),
         )
     return bias_terms.sum(0)
 
@@ -303,10 +302,13 @@ def _pairs(segments: Segments, weights: Tensor, rows: Tensor | None) -> tuple[Te
     return *lists, flat, rows, *launch_tile_sums(segments, flat, rows)
 
 
-def _warps(width: int, moments: Moments) -> int:
-    """Return warps for rows of `width`: 16 elements a thread, 8 where rounding needs registers."""
-    per_warp = 512 if moments.m.dtype == torch.float32 else 256
-    return min(16, max(1, width // per_warp))
+def _warps(d: int, moments: Moments) -> int:
+    """Return warps for rows of `d`: 16 elements a thread, 8 where more than they need registers.
+
+    Rounding does, and so do rows off a multiple of 16 bytes: each element has an address.
+    """
+    is_plain = moments.m.dtype == torch.float32 and d % 16 == 0
+    return min(16, max(1, next_power_of_2(d) // (512 if is_plain else 256)))
 
 
 # ---- the torch form: gradients as matrices, then the same arithmetic

@@ -19,7 +19,9 @@ from .fused_update import (
     Code,
     Dictionary,
     Gradients,
+    RowGradients,
     adam_scalars,
+    adam_step_,
     dense_update_,
     fused_update_,
     sparse_gradients,
@@ -50,6 +52,7 @@ __all__ = [
     "fused_update_",
     "dense_update_",
     "sparse_gradients",
+    "adam_step_",
     "adam_scalars",
     "new_moments",
     # what they take and return
@@ -59,6 +62,7 @@ __all__ = [
     "Dictionary",
     "Code",
     "Gradients",
+    "RowGradients",
     "Moments",
     "AdamScalars",
     # the specifications

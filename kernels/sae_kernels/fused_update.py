@@ -19,10 +19,13 @@ those that did not (another optimiser: their moments stand still).
 Source: Kingma & Ba 2015, "Adam", algorithm 1; Bricken et al. 2023 for the projection.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from .checks import (
     Impl,
@@ -40,6 +43,7 @@ from .segments import (
     by_latent,
     launch_segment_sums,
     launch_tile_sums,
+    of_latents,
     sum_segment,
     weighted_row_sums,
     weighted_sums,
@@ -112,6 +116,18 @@ class Gradients(NamedTuple):
     b_enc: Tensor  # (d_sae,)
 
 
+class RowGradients(NamedTuple):
+    """Gradients of some latents, added to those of the code: AuxK's, of the dead ones.
+
+    A latent of d_sae or more is padding, whose gradients must be zero; the others are distinct.
+    """
+
+    latents: Tensor  # (m,) int64
+    W_enc: Tensor  # (m, d_in)
+    W_dec: Tensor  # (m, d_out)
+    b_enc: Tensor  # (m,)
+
+
 @triton.jit
 def _adam(grad, m, v, rates, beta1, beta2, eps):
     """Return Adam's step to subtract, and the new moments."""
@@ -165,6 +181,16 @@ def _gradient_row(
 
 
 @triton.jit
+def _more_of_row(slot, row, bias, more, more_bias, cols, d):
+    """Add what `RowGradients` has for a latent; `slot` is its row there, negative for none."""
+    if slot >= 0:
+        row += tl.load(more + slot * d + cols, mask=cols < d, other=0.0).to(tl.float32)
+        if more_bias is not None:
+            bias += tl.load(more_bias + slot).to(tl.float32)
+    return row, bias
+
+
+@triton.jit
 def _update_kernel(
     order,  # (p,) int64, or None with dense gradients, as all to `tile_weights`
     tokens,  # (p,) int64
@@ -175,6 +201,9 @@ def _update_kernel(
     tile_weights,  # (n_tiles,) fp32
     dense,  # (d_sae, d), or None
     dense_bias,  # (d_sae,), or None
+    slots,  # (d_sae + 1,) int64, a latent's row of `more` or -1; or None, as all to `more_bias`
+    more,  # (m, d)
+    more_bias,  # (m,), or None for the decoder
     weight,  # (d_sae, d)
     shadow,  # (d_sae, d), or None
     m,
@@ -211,17 +240,23 @@ def _update_kernel(
         is_due = True
         if LAZY:
             is_due = tl.load(offsets + latent) < tl.load(offsets + latent + 1)
+            if slots is not None:
+                is_due |= tl.load(slots + latent) >= 0
         if is_due:
             grad, bias_grad = _gradient_row(
                 latent, order, tokens, offsets, pair_weights, rows, tile_rows, tile_weights, dense,
                 dense_bias, cols, d, TILE, BP, BD,
             )  # fmt: skip
+            pairs_bias = bias_grad
+            if slots is not None:
+                slot = tl.load(slots + latent)
+                grad, bias_grad = _more_of_row(slot, grad, bias_grad, more, more_bias, cols, d)
             old = _update_row(
                 latent, cols, d, grad, weight, shadow, m, v, m_scale, v_scale, rates, step,
                 beta1, beta2, eps, UNIT,
             )  # fmt: skip
             if bias is not None:
-                bias_term += bias_grad * old
+                bias_term += pairs_bias * old
                 first = tl.load(bias_m + latent)
                 second = tl.load(bias_v + latent)
                 change, first, second = _adam(bias_grad, first, second, rates, beta1, beta2, eps)
@@ -249,31 +284,35 @@ def launch_update(
     gradients: Gradients | None,
     unit_norm: bool,
     lazy: bool,
+    more: RowGradients | None = None,
+    ends: Sequence[int] = (),
 ) -> Tensor:
     """Update `dictionary` in place; return Σ_l G_b[l] · W_enc[l] (d_in) by the old rows, float32.
 
-    Either `segments`, `code` and the two rows, or `gradients`.
+    Either `segments`, `code` and the two rows, or `gradients`. With several `ends`, grad_rows
+    (n · P, d_out) are those of each token's prefixes.
     """
     d_sae, d_in = dictionary.W_enc.shape
     bias_terms = dictionary.W_enc.new_empty((cdiv(d_sae, ROWS), d_in))
     bias = dictionary.b_enc, dictionary.b_enc_m, dictionary.b_enc_v, bias_terms
     if segments is not None and code is not None:
-        dec_from = *_pairs(segments, code.values, grad_rows), None, None
+        of_prefixes = _rows_of_prefixes(segments, ends)
+        dec_from = *_pairs(of_prefixes, code.values, grad_rows), None, None
         enc_from = *_pairs(segments, code.grad_pre_acts, input_rows), None, None
     else:
         assert gradients is not None
         dec_from = *(None,) * 7, gradients.W_dec, None
         enc_from = *(None,) * 7, gradients.W_enc, gradients.b_enc
-    for source, weight, shadow, moments, biases, is_unit in (
-        (
-            dec_from,
-            dictionary.W_dec,
-            dictionary.dec_shadow,
-            dictionary.dec_moments,
-            None,
-            unit_norm,
-        ),
-        (enc_from, dictionary.W_enc, dictionary.enc_shadow, dictionary.enc_moments, bias, False),
+    dec_more = enc_more = None, None, None
+    if more is not None:
+        slots = _slots(more.latents, d_sae)
+        dec_more = slots, more.W_dec.contiguous(), None
+        enc_more = slots, more.W_enc.contiguous(), more.b_enc
+    dec_state = dictionary.W_dec, dictionary.dec_shadow, dictionary.dec_moments
+    enc_state = dictionary.W_enc, dictionary.enc_shadow, dictionary.enc_moments
+    for source, (weight, shadow, moments), biases, is_unit in (
+        ((*dec_from, *dec_more), dec_state, None, unit_norm),
+        ((*enc_from, *enc_more), enc_state, bias, False),
     ):
         num_warps = _warps(weight.shape[1], moments)
         launch(
@@ -302,6 +341,30 @@ def _pairs(segments: Segments, weights: Tensor, rows: Tensor | None) -> tuple[Te
     return *lists, flat, rows, *launch_tile_sums(segments, flat, rows)
 
 
+def _rows_of_prefixes(segments: Segments, ends: Sequence[int]) -> Segments:
+    """Return `segments` with each pair's row among the (n · P) of the prefixes in place of its
+    token: the row of its token and of the first prefix that holds its latent."""
+    if len(ends) < 2:
+        return segments
+    latents = segments.latents
+    bounds = _on_device(tuple(ends[:-1]), latents.dtype, latents.device)
+    block = torch.searchsorted(bounds, latents, right=True)
+    return segments._replace(tokens=segments.tokens * len(ends) + block.clamp(max=len(ends) - 1))
+
+
+@lru_cache(maxsize=16)
+def _on_device(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor: copied to a device once, not at every step."""
+    return torch.tensor(bounds, dtype=dtype, device=device)
+
+
+def _slots(latents: Tensor, d_sae: int) -> Tensor:
+    """Return each latent's position in `latents`, −1 where it is not; of d_sae + 1, for padding."""
+    slots = latents.new_full((d_sae + 1,), -1)
+    at = torch.arange(latents.numel(), device=latents.device)
+    return slots.scatter_(0, latents.clamp(max=d_sae), at)
+
+
 def _warps(d: int, moments: Moments) -> int:
     """Return warps for rows of `d`: 16 elements a thread, 8 where more than they need registers.
 
@@ -328,69 +391,149 @@ def sparse_gradients(
         dec, _ = launch_segment_sums(segments, code.values, grad_x_hat, torch.float32)
         enc, bias = launch_segment_sums(segments, code.grad_pre_acts, x, torch.float32)
         return Gradients(enc, dec, bias)
+    return _gradients_by_block(segments, code, grad_x_hat, x, ())(0, d_sae)
+
+
+def _gradients_by_block(
+    segments: Segments, code: Code, grad_rows: Tensor, x: Tensor, ends: Sequence[int]
+) -> Callable[[int, int], Gradients]:
+    """Return a function that gives the gradients of the latents in [start, stop), float32."""
+    of_prefixes = _rows_of_prefixes(segments, ends)
+    # embedding_bag on a CPU sums in the dtype of its rows.
+    grad_rows, x = grad_rows.float().contiguous(), x.float().contiguous()
     values, grad_pre_acts = code.values.float(), code.grad_pre_acts.float()
-    return Gradients(
-        weighted_row_sums(segments, grad_pre_acts, x.float().contiguous()),
-        weighted_row_sums(segments, values, grad_x_hat.float().contiguous()),
-        weighted_sums(segments, grad_pre_acts),
-    )
+
+    def gradients_of(start: int, stop: int) -> Gradients:
+        encoder = of_latents(segments, start, stop)
+        return Gradients(
+            weighted_row_sums(encoder, grad_pre_acts, x),
+            weighted_row_sums(of_latents(of_prefixes, start, stop), values, grad_rows),
+            weighted_sums(encoder, grad_pre_acts),
+        )
+
+    return gradients_of
+
+
+# What a block's gradient takes on a CPU: it stays in cache until the update has read it.
+BLOCK_BYTES = 2 * 2**20
 
 
 def _update_by_torch(
     dictionary: Dictionary,
     scalars: AdamScalars,
-    gradients: Gradients,
+    gradients_of: Callable[[int, int], Gradients],
     unit_norm: bool,
     due: Tensor | None,
+    more: RowGradients | None,
 ) -> Tensor:
-    """As `launch_update`, with dense gradients; `due` (d_sae,) bool are the latents to update."""
-    old_W_enc = dictionary.W_enc.clone()
-    dec_grad = gradients.W_dec
-    if unit_norm:
-        along = (dec_grad * dictionary.W_dec).sum(1, keepdim=True)
-        dec_grad = dec_grad - along * dictionary.W_dec
-    rows = dictionary.W_enc, dictionary.W_dec
-    _matrix_step(rows[0], gradients.W_enc, dictionary.enc_moments, scalars, False, due)
-    _matrix_step(rows[1], dec_grad, dictionary.dec_moments, scalars, unit_norm, due)
-    bias_moments = dictionary.b_enc_m, dictionary.b_enc_v
-    change, *new = _adam_by_torch(gradients.b_enc, *bias_moments, scalars)
-    for old, value in zip(bias_moments, new, strict=True):
-        old.copy_(value if due is None else value.where(due, old))
-    dictionary.b_enc.sub_(change if due is None else change.where(due, 0))
-    for shadow, weight in zip((dictionary.enc_shadow, dictionary.dec_shadow), rows, strict=True):
-        if shadow is not None:
-            shadow.copy_(weight)
-    return gradients.b_enc @ old_W_enc
+    """As `launch_update`, block by block of rows on a CPU.
+
+    `gradients_of` (start, stop) returns those of some rows, which may be written over; `due`
+    (d_sae,) bool are the latents to update, None for all.
+    """
+    d_sae = dictionary.W_enc.shape[0]
+    bias_term = torch.zeros_like(dictionary.W_enc[0])
+    for start, stop in _blocks(dictionary):
+        rows = slice(start, stop)
+        part, gradients = _rows_of(dictionary, rows), gradients_of(start, stop)
+        bias_term += gradients.b_enc @ part.W_enc
+        if more is not None:
+            _add_(gradients, more, start, stop, d_sae)
+        if unit_norm:
+            along = torch.linalg.vecdot(gradients.W_dec, part.W_dec)
+            gradients.W_dec.addcmul_(along[:, None], part.W_dec, value=-1)
+        is_due = None if due is None else due[rows]
+        bias_moments = Moments(part.b_enc_m, part.b_enc_v, *part.enc_moments[2:])
+        adam_step_(part.W_enc, gradients.W_enc, part.enc_moments, scalars, due=is_due, row=start)
+        adam_step_(part.W_dec, gradients.W_dec, part.dec_moments, scalars, due=is_due, row=start)
+        adam_step_(part.b_enc, gradients.b_enc, bias_moments, scalars, due=is_due)
+        if unit_norm:
+            norms = torch.linalg.vector_norm(part.W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
+            part.W_dec.div_(norms if is_due is None else norms.where(is_due[:, None], 1))
+        for shadow, weight in ((part.enc_shadow, part.W_enc), (part.dec_shadow, part.W_dec)):
+            if shadow is not None:
+                shadow.copy_(weight)
+    return bias_term
 
 
-def _adam_by_torch(
-    grad: Tensor, m: Tensor, v: Tensor, scalars: AdamScalars
-) -> tuple[Tensor, Tensor, Tensor]:
-    lr, correction1, correction2 = scalars.rates.unbind()
-    m = scalars.beta1 * m + (1 - scalars.beta1) * grad
-    v = scalars.beta2 * v + (1 - scalars.beta2) * grad * grad
-    return lr / correction1 * m / (v.sqrt() / correction2.sqrt() + scalars.eps), m, v
+def _blocks(dictionary: Dictionary) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of rows; one block of all on a GPU."""
+    d_sae, d_in = dictionary.W_enc.shape
+    most = d_sae
+    if dictionary.W_enc.is_cpu:
+        most = max(1, BLOCK_BYTES // (4 * max(d_in, dictionary.W_dec.shape[1])))
+    for start in range(0, d_sae, most):
+        yield start, min(start + most, d_sae)
 
 
-def _matrix_step(
+def _rows_of(dictionary: Dictionary, rows: slice) -> Dictionary:
+    """Return views of some rows of all tensors of `dictionary`."""
+    return Dictionary(
+        *(
+            Moments(*(tensor[rows] for tensor in part))
+            if isinstance(part, Moments)
+            else (None if part is None else part[rows])
+            for part in dictionary
+        )
+    )
+
+
+def _add_(gradients: Gradients, more: RowGradients, start: int, stop: int, d_sae: int) -> None:
+    """Add those of `more` that lie in [start, stop) to a block's gradients."""
+    latents, *rows = more
+    if (start, stop) == (0, d_sae):
+        latents = latents.clamp(max=d_sae - 1)  # padding adds zeros somewhere
+    else:
+        inside = (latents >= start) & (latents < stop)
+        latents, rows = latents[inside] - start, [row[inside] for row in rows]
+    for total, row in zip(gradients, rows, strict=True):
+        total.index_add_(0, latents, row.to(total.dtype))
+
+
+def adam_step_(
     weight: Tensor,
     grad: Tensor,
     moments: Moments,
     scalars: AdamScalars,
-    unit_norm: bool,
-    due: Tensor | None,
+    *,
+    due: Tensor | None = None,
+    row: int = 0,
 ) -> None:
-    change, m, v = _adam_by_torch(grad, *read_moments(moments), scalars)
-    new = weight - change
-    if unit_norm:
-        new = new / new.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    """Take one Adam step with `weight`, whose rows are those from `row` on of a matrix.
+
+    `due` (rows,) bool are the rows to update, None for all.
+    """
+    if due is None and weight.is_cpu and moments.m.dtype == torch.float32:
+        _torch_adam_(weight, grad, moments, scalars)
+        return
+    lr, correction1, correction2 = scalars.rates.unbind()
+    m, v = read_moments(moments)
+    m = scalars.beta1 * m + (1 - scalars.beta1) * grad
+    v = scalars.beta2 * v + (1 - scalars.beta2) * grad * grad
+    change = lr / correction1 * m / (v.sqrt() / correction2.sqrt() + scalars.eps)
     before = [tensor.clone() for tensor in moments] if due is not None else []
-    write_moments_(moments, m, v, scalars.step)
+    write_moments_(moments, m, v, scalars.step, row)
     if due is not None:
-        new = new.where(due[:, None], weight)
+        change = change.where(due.view(-1, *[1] * (change.ndim - 1)), 0)
         for tensor, old in zip(moments, before, strict=True):
             tensor[~due] = old[~due]
-    weight.copy_(new)
+    weight.sub_(change)
+
+
+def _torch_adam_(weight: Tensor, grad: Tensor, moments: Moments, scalars: AdamScalars) -> None:
+    """Take the step by torch's fused Adam: one pass, and its tensors are already on the host."""
+    adam(
+        *([weight], [grad], [moments.m], [moments.v], []),
+        [scalars.step.float() - 1],
+        fused=True,
+        amsgrad=False,
+        beta1=scalars.beta1,
+        beta2=scalars.beta2,
+        lr=scalars.rates[0].item(),
+        weight_decay=0.0,
+        eps=scalars.eps,
+        maximize=False,
+    )
 
 
 # ---- the public ops
@@ -403,6 +546,8 @@ def fused_update_(
     grad_x_hat: Tensor,
     x: Tensor,
     *,
+    more: RowGradients | None = None,
+    prefixes: Sequence[int] | None = None,
     unit_norm: bool = True,
     lazy: bool = False,
     impl: Impl = "auto",
@@ -411,11 +556,14 @@ def fused_update_(
 
     grad_x_hat (n, d_out) is dL/dx_hat, x (n, d_in) what the encoder multiplied, and
     `code.grad_pre_acts` dL/dpre_acts of each pair: 0 where the activation function stopped it.
-    `unit_norm` projects W_dec's gradient and renormalises its rows; `lazy` skips latents without
-    pairs. On a GPU no gradient of a weight's size exists; the torch form makes them.
+    `more` are gradients of single rows besides. With P `prefixes` (Matryoshka's, ascending, the
+    last d_sae) grad_x_hat is (n, P, d_out): what reaches latents that are in prefix p and in none
+    before it. `unit_norm` projects W_dec's gradient and renormalises its rows; `lazy` skips latents
+    without gradients. No gradient of a weight's size exists, on a CPU one of a block of rows.
 
     Returns the encoder's part of dL/db_dec, −Σ_l G_b[l] · W_enc[l] (d_in) by the rows before the
-    step, for an encoder that reads x = input − b_dec. The decoder's part is grad_x_hat.sum(0).
+    step and without `more`, for an encoder that reads x = input − b_dec. The decoder's part is
+    grad_x_hat.sum(0).
 
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
@@ -423,23 +571,27 @@ def fused_update_(
     check_code("code.values", code.values, code.indices, code.offsets)
     check_code("code.grad_pre_acts", code.grad_pre_acts, code.indices, code.offsets)
     n = code.indices.shape[0] if code.offsets is None else code.offsets.numel() - 1
-    check_shape("grad_x_hat", grad_x_hat, {"n": n, "d_out": dictionary.W_dec.shape[1]})
+    d_sae, ends = dictionary.W_enc.shape[0], tuple(prefixes or ())
+    middle = {"prefixes": len(ends)} if ends else {}
+    check_shape("grad_x_hat", grad_x_hat, {"n": n, **middle, "d_out": dictionary.W_dec.shape[1]})
     check_shape("x", x, {"n": n, "d_in": dictionary.W_enc.shape[1]})
     check_same_device(W_enc=dictionary.W_enc, values=code.values, grad_x_hat=grad_x_hat, x=x)
+    _check_more(more, dictionary)
     form = choose_form(
         impl, "fused_update_", code.values, code.grad_pre_acts, grad_x_hat, x, dictionary.W_enc
     )
-    d_sae = dictionary.W_enc.shape[0]
+    segments = by_latent(code.indices, d_sae, code.offsets)
+    rows = grad_x_hat.reshape(-1, grad_x_hat.shape[-1]).contiguous(), x.contiguous()
     if form == "triton" and _fits(dictionary):
-        segments = by_latent(code.indices, d_sae, code.offsets)
-        rows = grad_x_hat.contiguous(), x.contiguous()
-        return -launch_update(dictionary, scalars, segments, code, *rows, None, unit_norm, lazy)
-    gradients = sparse_gradients(code, grad_x_hat, x, d_sae)
+        given = segments, code, *rows, None, unit_norm, lazy, more, ends
+        return -launch_update(dictionary, scalars, *given)
     due = None
     if lazy:
-        offsets = by_latent(code.indices, d_sae, code.offsets).offsets
-        due = offsets[1:] > offsets[:-1]
-    return -_update_by_torch(dictionary, scalars, gradients, unit_norm, due)
+        due = segments.offsets[1:] > segments.offsets[:-1]
+        if more is not None:
+            due |= _slots(more.latents, d_sae)[:-1] >= 0
+    gradients_of = _gradients_by_block(segments, code, *rows, ends)
+    return -_update_by_torch(dictionary, scalars, gradients_of, unit_norm, due, more)
 
 
 def dense_update_(
@@ -466,8 +618,22 @@ def dense_update_(
         return -launch_update(
             dictionary, scalars, None, None, None, None, contiguous, unit_norm, False
         )
-    wide = Gradients(*(gradient.float() for gradient in gradients))
-    return -_update_by_torch(dictionary, scalars, wide, unit_norm, None)
+
+    def gradients_of(start: int, stop: int) -> Gradients:
+        return Gradients(*(part[start:stop].to(torch.float32, copy=True) for part in gradients))
+
+    return -_update_by_torch(dictionary, scalars, gradients_of, unit_norm, None, None)
+
+
+def _check_more(more: RowGradients | None, dictionary: Dictionary) -> None:
+    if more is None:
+        return
+    m = more.latents.shape[0]
+    check_shape("more.latents", more.latents, {"m": m})
+    check_shape("more.W_enc", more.W_enc, {"m": m, "d_in": dictionary.W_enc.shape[1]})
+    check_shape("more.W_dec", more.W_dec, {"m": m, "d_out": dictionary.W_dec.shape[1]})
+    check_shape("more.b_enc", more.b_enc, {"m": m})
+    check_same_device(W_enc=dictionary.W_enc, **more._asdict())
 
 
 def _fits(dictionary: Dictionary) -> bool:

@@ -65,13 +65,18 @@ def read_moments(moments: Moments) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def write_moments_(moments: Moments, m: Tensor, v: Tensor, step: int | Tensor) -> None:
-    """Round m and v (F, d) float32 into `moments`, in place."""
+def write_moments_(
+    moments: Moments, m: Tensor, v: Tensor, step: int | Tensor, row: int = 0
+) -> None:
+    """Round m and v (F, d) float32 into `moments`, in place.
+
+    `row` is the first row's place in its matrix.
+    """
     if moments.m.dtype == torch.float32:
         moments.m.copy_(m)
         moments.v.copy_(v)
         return
-    noise = noise_of(m.shape[0], m.shape[1], step, m.device)
+    noise = noise_of(m.shape[0], m.shape[1], step, m.device, row)
     for_m, for_v = noise & 0xFFFF, noise >> 16
     if moments.m.dtype == torch.bfloat16:
         moments.m.copy_(_round_bf16(m, for_m))
@@ -86,9 +91,14 @@ def write_moments_(moments: Moments, m: Tensor, v: Tensor, step: int | Tensor) -
     moments.v.copy_(torch.maximum(q, (v > 0).float()))
 
 
-def noise_of(n_rows: int, n_cols: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """Return 32 pseudo-random bits (n_rows, n_cols) int64 for each element at this step."""
-    rows = torch.arange(n_rows, device=device)[:, None]
+def noise_of(
+    n_rows: int, n_cols: int, step: int | Tensor, device: torch.device, row: int = 0
+) -> Tensor:
+    """Return 32 pseudo-random bits (n_rows, n_cols) int64 for each element at this step.
+
+    `row` is the first row's place in its matrix.
+    """
+    rows = torch.arange(row, row + n_rows, device=device)[:, None]
     cols = torch.arange(n_cols, device=device)[None, :]
     h = rows * 0x85EBCA6B + cols * 0xC2B2AE35 + step * 0x27D4EB2F
     h = (h ^ (h >> 32)) & 0xFFFFFFFF

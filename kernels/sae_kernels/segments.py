@@ -265,6 +265,20 @@ def warps_for(width: int, dtype: torch.dtype) -> int:
     return max(1, width * dtype.itemsize // 512)
 
 
+def of_latents(segments: Segments, start: int, stop: int) -> Segments:
+    """Return the segments of the latents in [start, stop) as if there were no others.
+
+    All of them are returned as they are; some need their bounds on the host.
+    """
+    if (start, stop) == (0, segments.offsets.numel() - 1):
+        return segments
+    offsets = segments.offsets[start : stop + 1]
+    first = int(offsets[0])
+    pairs = slice(first, int(offsets[-1]))
+    lists = (part[pairs] for part in (segments.order, segments.tokens, segments.latents))
+    return Segments(*lists, offsets - first, False)
+
+
 def weighted_row_sums(segments: Segments, weights: Tensor, rows: Tensor) -> Tensor:
     """Return (d_sae, d): for each latent, Σ weights[pair] · rows[token of pair].
 

@@ -18,6 +18,7 @@ ActivationName = Literal["topk", "relu"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream"]
 MaskName = Literal["bos", "first", "special"]
+MomentFormat = Literal["fp32", "bf16", "8bit"]
 TrackerName = Literal["wandb", "tensorboard"]
 
 
@@ -245,9 +246,17 @@ class TrainConfig:
     grad_clip_norm: float | None = None
     """Largest global norm of the gradient; None does not clip."""
 
+    adam_moments: MomentFormat = "fp32"
+    """What Adam keeps of a weight's gradients: 8, 4 or 2 bytes a weight; bf16 and 8bit round
+    stochastically and need the fused step."""
+
+    step: Literal["auto", "fused", "autograd"] = "auto"
+    """How a training step is computed: fused does no more than the maths needs, autograd trains
+    every coder; auto: fused where it can."""
+
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Precision of the coder's matmuls; weights and Adam stay float32; auto: bf16 on GPUs that
-    have it."""
+    """Precision of the coder's matmuls; weights stay float32; auto: bf16 on GPUs that have it.
+    The fused step on a CPU scores latents in bf16 and computes the strongest again in float32."""
 
     dead_after_tokens: int | None = None
     """A latent is dead once it has not fired in this many tokens; None: the smaller of 10 million
@@ -296,6 +305,13 @@ class TrainConfig:
             "must be two numbers in [0, 1)",
             self.adam_betas,
             "Use 0.9 and 0.999.",
+        )
+        _require(
+            self.step != "autograd" or self.adam_moments == "fp32",
+            "train.adam_moments",
+            "must be fp32 where train.step is autograd",
+            self.adam_moments,
+            "Use `train.step: fused`, or fp32.",
         )
         shares = (self.warmup_fraction, self.decay_fraction)
         _require(

@@ -42,7 +42,14 @@ from torch import Tensor
 from sae_kernels.batch_selection import launch_batch_topk
 from sae_kernels.decode import launch_decode, launch_values_grad
 from sae_kernels.decode_loss import launch_decode_loss
-from sae_kernels.fused_update import AdamScalars, Code, Dictionary, Gradients, launch_update
+from sae_kernels.fused_update import (
+    AdamScalars,
+    Code,
+    Dictionary,
+    Gradients,
+    RowGradients,
+    launch_update,
+)
 from sae_kernels.launching import HAS_TRITON, Launch, record_launches
 from sae_kernels.moments import MomentFormat, new_moments
 from sae_kernels.row_topk import launch_topk
@@ -153,7 +160,8 @@ def run_sparse_decode_loss(shape: Shape, dtype: torch.dtype) -> None:
 
 
 def run_fused_update(shape: Shape, dtype: torch.dtype) -> None:
-    """From a code with moments of each format, one of them lazily; from gradients that exist."""
+    """From a code, with and without single rows' gradients and prefixes, with moments of each
+    format, one of them lazily; from gradients that exist."""
     n, d, d_sae, _ = shape
     scalars = AdamScalars(meta(3, dtype=torch.float32), meta())
     weight, bias = meta(d_sae, d, dtype=torch.float32), meta(d_sae, dtype=torch.float32)
@@ -162,12 +170,17 @@ def run_fused_update(shape: Shape, dtype: torch.dtype) -> None:
     code = Code(values, indices, values.float())
     pairs = by_latent(indices, d_sae), code, rows, rows
     gradients = Gradients(weight, weight, bias)
+    extra, extra_bias = meta(n, d, dtype=torch.float32), meta(n, dtype=torch.float32)
+    more = RowGradients(meta(n), extra, extra, extra_bias)
+    ends, of_prefixes = (d_sae // 2, d_sae), (*pairs[:2], meta(2 * n, d, dtype=dtype), rows)
     kept_as: dict[MomentFormat, bool] = {"fp32": False, "bf16": True, "8bit": False}
     for moment_format, lazy in kept_as.items():
         kept = new_moments(weight, moment_format)
         dictionary = Dictionary(weight, weight, bias, kept, kept, bias, bias)
         shadowed = dictionary._replace(enc_shadow=shadow, dec_shadow=shadow)
         launch_update(shadowed, scalars, *pairs, None, True, lazy)
+        launch_update(shadowed, scalars, *pairs, None, True, lazy, more)
+        launch_update(shadowed, scalars, *of_prefixes, None, True, lazy, more, ends)
         if moment_format == "fp32":
             none = None, None, None, None
             launch_update(dictionary, scalars, *none, gradients, False, lazy)

@@ -55,6 +55,7 @@ class DecodeLoss(NamedTuple):
     residual: Tensor  # (..., d_out), target − x_hat
     grad_values: Tensor  # as values, d loss / d value of each pair
     prefix_losses: Tensor  # (..., P), squared error of each prefix; P = 1 without prefixes
+    prefix_residuals: Tensor  # (..., P, d_out), −Σ over q ≥ p of weight q · error q; dL/dx_hat / −2
 
 
 def sparse_decode_loss_reference(
@@ -72,19 +73,21 @@ def sparse_decode_loss_reference(
     ends, weights = _prefixes_and_weights(prefixes, prefix_weights, W_dec.shape[0])
     dtype = _loss_dtype(values, W_dec, b_dec, target)
     tokens = tokens_of_code(indices, offsets)
-    losses, grad_values = [], torch.zeros_like(values, dtype=dtype)
+    losses, errors, grad_values = [], [], torch.zeros_like(values, dtype=dtype)
     for end, weight in zip(ends, weights, strict=True):
         kept = values.where(indices < end, 0)
         x_hat = sparse_decode_reference(kept, indices, W_dec, b_dec, offsets=offsets)
         error = x_hat - target
         losses.append(error.to(dtype).square().sum(-1))
+        errors.append(weight * error.detach())
         # Row n, of zeros, belongs to a ragged code's padding.
         rows = F.pad(error.detach().reshape(-1, error.shape[-1]), (0, 0, 0, 1))[tokens]
         dots = (rows * W_dec.detach()[indices]).sum(-1)
         grad_values += 2 * weight * dots.where(indices < end, 0)
     prefix_losses = torch.stack(losses, -1)
     loss = (prefix_losses * prefix_losses.new_tensor(weights)).sum(-1)
-    fixed = x_hat.detach(), -error.detach(), grad_values, prefix_losses.detach()
+    suffixes = torch.stack(errors, -2).flip(-2).cumsum(-2).flip(-2)
+    fixed = x_hat.detach(), -error.detach(), grad_values, prefix_losses.detach(), -suffixes
     return DecodeLoss(loss, *fixed)
 
 
@@ -346,10 +349,15 @@ def _decode_loss_by_torch(
     dtype = result_dtype(values, W_dec, b_dec, target)
     wide = torch.promote_types(dtype, torch.float32)
     code = values.to(wide), indices, offsets
-    order = None
-    if len(ends) > 1:
-        order, bags = _by_first_prefix(indices, offsets, n, ends)
-        code = code[0].reshape(-1)[order], indices.reshape(-1)[order], bags
+    if len(ends) == 1:
+        x_hat = decode_rows(*code, W_dec, b_dec, False)
+        residual = target - x_hat
+        grad_values = values_grad(residual, indices, offsets, W_dec, False).mul_(-2)
+        loss = torch.linalg.vector_norm(residual, dim=1).square_()
+        x_hat, residual = x_hat.to(dtype), residual.to(dtype)
+        return loss, x_hat, residual, grad_values, loss[:, None].clone(), residual.new_empty(0)
+    order, bags = _by_first_prefix(indices, offsets, n, ends)
+    code = code[0].reshape(-1)[order], indices.reshape(-1)[order], bags
     parts = decode_rows(*code, W_dec, None, False).reshape(n, len(ends), d)
     x_hats = parts.cumsum(1) if b_dec is None else parts.cumsum(1) + b_dec
     errors = x_hats - target[:, None]
@@ -358,12 +366,11 @@ def _decode_loss_by_torch(
     suffixes = (errors * scales[:, None]).flip(1).cumsum(1).flip(1)
     rows = suffixes.reshape(n * len(ends), d)
     grad_values = 2 * values_grad(rows, code[1], code[2], W_dec, False)
-    if order is not None:
-        grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
-        grad_values = grad_values.reshape(indices.shape)
+    grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
+    grad_values = grad_values.reshape(indices.shape)
     loss = prefix_losses @ scales
     residual = -errors[:, -1].to(dtype)
-    suffixes = -suffixes.to(dtype) if len(ends) > 1 else residual.new_empty(0)
+    suffixes = -suffixes.to(dtype)
     x_hat = x_hats[:, -1].contiguous().to(dtype)
     return loss, x_hat, residual, grad_values, prefix_losses, suffixes
 
@@ -440,14 +447,14 @@ class _SparseDecodeLoss(torch.autograd.Function):
         loss, x_hat, residual, grad_values, prefix_losses, suffixes = decode_loss(
             values, indices, offsets, W_dec, b_dec, target, ends, weights, with_triton
         )
-        ctx.mark_non_differentiable(x_hat, residual, grad_values, prefix_losses)
+        ctx.mark_non_differentiable(x_hat, residual, grad_values, prefix_losses, suffixes)
         kept = residual if len(ends) == 1 else suffixes
         ctx.save_for_backward(values, indices, offsets, kept, grad_values)
         ctx.ends, ctx.with_triton = list(ends), with_triton
         ctx.weight_shape, ctx.weight_dtype = W_dec.shape, W_dec.dtype
         ctx.bias_dtype = None if b_dec is None else b_dec.dtype
         ctx.target_dtype = target.dtype
-        return loss, x_hat, residual, grad_values, prefix_losses
+        return loss, x_hat, residual, grad_values, prefix_losses, suffixes
 
     @staticmethod
     def backward(ctx, *grads):
@@ -577,14 +584,22 @@ def sparse_decode_loss(
     pairs = values, indices
     if offsets is None:
         pairs = (half.reshape(rows.shape[0], indices.shape[-1]) for half in pairs)
+    inner = weights if len(ends) > 1 else [1.0]  # one weight is a factor, put on below
     found = _SparseDecodeLoss.apply(
-        *pairs, offsets, W_dec, b_dec, rows, ends, weights, form == "triton"
+        *pairs, offsets, W_dec, b_dec, rows, ends, inner, form == "triton"
     )
-    loss, x_hat, residual, grad_values, prefix_losses = found
+    loss, x_hat, residual, grad_values, prefix_losses, suffixes = found
+    if len(ends) == 1:
+        suffixes = residual
+        if weights != inner:
+            loss, grad_values, suffixes = (
+                part * weights[0] for part in (loss, grad_values, residual)
+            )
     return DecodeLoss(
         loss.reshape(leading),
         x_hat.reshape(target.shape),
         residual.reshape(target.shape),
         grad_values.reshape(values.shape),
         prefix_losses.reshape(*leading, len(ends)),
+        suffixes.reshape(*leading, len(ends), target.shape[-1]),
     )

@@ -5,7 +5,9 @@ values = relu(values). The gradient of a top-k is zero outside the k winners, so
 gradient of the kept pre-activations: dL/dW_enc and dL/db_enc are sums over pairs
 (encoder_grad.py), dL/db_dec = −dL/db_enc @ W_enc, dL/dx = Σ_j g[i, j] · W_enc[indices[i, j]].
 Shapes: x (..., d_in), W_enc (d_sae, d_in), b_enc (d_sae), b_dec (d_in) → (..., k) twice.
-Dtypes: computed in the promoted dtype of the inputs, or in autocast's.
+Dtypes: computed in the promoted dtype of the inputs, or in autocast's; with a shadow, a 16-bit copy
+of W_enc that the caller keeps, in the shadow's, and no weight is cast. Rescored: a few candidates
+more than k by those scores, whose dot products with W_enc's own rows decide.
 Bytes: the matmul's 2·n·d_sae·d_in FLOPs dominate; pre-activations live in one bounded buffer that
 chunks of tokens reuse. Deterministic: as far as the matmul is; backward bitwise.
 """
@@ -24,13 +26,14 @@ from .checks import (
     check_shape,
     choose_form,
 )
-from .decode import decode_rows
+from .decode import decode_rows, values_grad
 from .encoder_grad import encoder_grad_rows
 from .row_topk import topk_reference, topk_rows
 from .segments import result_dtype
 
 CPU_BUFFER_BYTES = 64 * 2**20
 GPU_BUFFER_BYTES = 2 * 2**30
+SHADOW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def encode_topk_reference(
@@ -41,15 +44,40 @@ def encode_topk_reference(
     *,
     k: int,
     relu: bool = True,
+    shadow: Tensor | None = None,
+    rescore: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return values, indices through dense pre-activations: the specification."""
+    """Return values, indices through dense pre-activations: the specification.
+
+    With `shadow` gradients reach W_enc through rescored values alone.
+    """
     centred = x if b_dec is None else x - b_dec
     given = (centred, W_enc, b_enc)
     dtype = result_dtype(*given)
-    pre_acts = F.linear(*(tensor.to(dtype) for tensor in given))
-    values, indices = topk_reference(pre_acts, k)
-    values = values.relu() if relu else values
-    return (values.float() if _autocast_dtype(x) else values), indices
+    if shadow is None:
+        values, indices = topk_reference(F.linear(*(part.to(dtype) for part in given)), k)
+        values = values.float() if _autocast_dtype(x) else values
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            in_16_bits = (part.to(shadow.dtype) for part in (centred, shadow, b_enc))
+            n_scored = n_candidates(k, W_enc.shape[0], _rescores(rescore, x))
+            values, indices = topk_reference(F.linear(*in_16_bits), n_scored or k)
+            if n_scored:
+                exact = F.linear(*(part.to(dtype) for part in given)).gather(-1, indices)
+                values, places = topk_reference(exact, k)
+                indices = indices.gather(-1, places)
+            values = values.to(torch.float32 if _autocast_dtype(x) else dtype)
+    return (values.relu() if relu else values), indices
+
+
+def n_candidates(k: int, d_sae: int, rescores: bool) -> int:
+    """Return how many 16-bit scores are computed again from W_enc's own rows; 0 without."""
+    return min(k + max(8, k // 4), d_sae) if rescores else 0
+
+
+def _rescores(rescore: bool | None, x: Tensor) -> bool:
+    """A gather of float32 rows costs a GPU more than the selection; a CPU, little of its matmul."""
+    return x.device.type == "cpu" if rescore is None else rescore
 
 
 @torch.library.custom_op("sae_kernels::encode_topk", mutates_args=())
@@ -96,16 +124,38 @@ def _(
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
+def _rescored(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    candidates: Tensor,
+    k: int,
+    with_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest pre-activations among `candidates` (n, c), from W_enc's rows alone."""
+    rows = x if b_dec is None else x - b_dec
+    scores = values_grad(rows, candidates, None, W_enc, with_triton) + b_enc[candidates]
+    values, places = topk_rows(scores, k, with_triton)
+    return values, candidates.gather(1, places)
+
+
 class _EncodeTopK(torch.autograd.Function):
     """Values with gradients to x, W_enc, b_enc and b_dec; indices are not differentiable."""
 
     @staticmethod
     def forward(
-        ctx, x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype, values_dtype, with_triton
-    ):
-        values, indices = encode_rows(
-            x, W_enc, b_enc, b_dec, k, relu, chunk_tokens, dtype, with_triton
-        )
+        ctx, x, W_enc, b_enc, b_dec, shadow, n_scored,
+        k, relu, chunk_tokens, dtype, values_dtype, with_triton,
+    ):  # fmt: skip
+        weight = W_enc if shadow is None else shadow
+        options = chunk_tokens, dtype, with_triton
+        if n_scored:
+            _, indices = encode_rows(x, weight, b_enc, b_dec, n_scored, False, *options)
+            values, indices = _rescored(x, W_enc, b_enc, b_dec, indices, k, with_triton)
+            values = values.relu() if relu else values
+        else:
+            values, indices = encode_rows(x, weight, b_enc, b_dec, k, relu, *options)
         values = values.to(values_dtype)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, W_enc, b_dec, indices, values if relu else None)
@@ -130,7 +180,7 @@ class _EncodeTopK(torch.autograd.Function):
             grad_b_enc = bias_sums.to(ctx.bias_dtype) if needs_b_enc else None
             if needs_b_dec and b_dec is not None:
                 grad_b_dec = _b_dec_grad(bias_sums, W_enc).to(b_dec.dtype)
-        return grad_x, grad_weight, grad_b_enc, grad_b_dec, *[None] * 6
+        return grad_x, grad_weight, grad_b_enc, grad_b_dec, *[None] * 8
 
 
 def _b_dec_grad(bias_sums: Tensor, W_enc: Tensor) -> Tensor:
@@ -162,6 +212,8 @@ def encode_topk(
     k: int,
     relu: bool = True,
     chunk_tokens: int | None = None,
+    shadow: Tensor | None = None,
+    rescore: bool | None = None,
     impl: Impl = "auto",
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -176,36 +228,61 @@ def encode_topk(
     Under autocast the matmul runs in autocast's dtype and values come back in float32; gradients
     have the dtype of the parameters and are summed in at least float32. First derivatives only.
 
+    `shadow` (d_sae, d_in) is a 16-bit copy of W_enc, kept up to date by the caller, that the matmul
+    reads in W_enc's place: it runs in the shadow's dtype, whatever autocast says, and values come
+    back as without one. With `rescore` (None: on a CPU, not on a GPU; without meaning where there
+    is no shadow) k + max(8, k // 4) candidates are scored so, their pre-activations are computed
+    again from W_enc, and the k largest are returned: exact values, and the exact selection unless
+    rounding moved a winner out of the candidates. Gradients are those of W_enc either way.
+
     `check_finite` reads the data to check the floats.
     Raises ValueError or TypeError for shapes, dtypes, devices, data or a k that do not fit.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     Deviation: the ReLU after TopK is optional.
     """
-    check_floating(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    given = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
+    check_floating(**given)
+    check_same_device(**given, shadow=shadow)
     check_at_least_1d(x=x)
     check_shape("W_enc", W_enc, {"d_sae": None, "d_in": x.shape[-1]})
     check_shape("b_enc", b_enc, {"d_sae": W_enc.shape[0]})
     check_shape("b_dec", b_dec, {"d_in": x.shape[-1]})
     d_sae = W_enc.shape[0]
+    _check_shadow(shadow, W_enc)
     check_k(k, d_sae, "d_sae")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(
             f"`chunk_tokens` must be at least 1; got {chunk_tokens}. Leave it None to derive it."
         )
-    check_finite_values(check_finite, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
-    form = choose_form(impl, "encode_topk", x, W_enc, b_enc, b_dec)
+    check_finite_values(check_finite, **given, shadow=shadow)
+    form = choose_form(impl, "encode_topk", *given.values(), shadow)
     if form == "reference":
-        return encode_topk_reference(x, W_enc, b_enc, b_dec, k=k, relu=relu)
-    given = (x, W_enc, b_enc) if b_dec is None else (x, W_enc, b_enc, b_dec)
+        options = {"k": k, "relu": relu, "shadow": shadow, "rescore": rescore}
+        return encode_topk_reference(x, W_enc, b_enc, b_dec, **options)
     autocast_dtype = _autocast_dtype(x)
-    dtype = autocast_dtype or result_dtype(*given)
+    values_dtype = torch.float32 if autocast_dtype else result_dtype(*given.values())
+    dtype = autocast_dtype or values_dtype
+    n_scored = 0
+    if shadow is not None:
+        dtype = shadow.dtype
+        n_scored = n_candidates(k, d_sae, _rescores(rescore, x))
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     chunk = chunk_tokens or _chunk_tokens(rows.shape[0], d_sae, dtype, x.device)
-    values_dtype = torch.float32 if autocast_dtype else dtype
     values, indices = _EncodeTopK.apply(
-        rows, W_enc, b_enc, b_dec, k, relu, chunk, dtype, values_dtype, form == "triton"
+        *(rows, W_enc, b_enc, b_dec, shadow, n_scored),
+        *(k, relu, chunk, dtype, values_dtype, form == "triton"),
     )
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
+
+
+def _check_shadow(shadow: Tensor | None, W_enc: Tensor) -> None:
+    """Raise unless `shadow` is None or a 16-bit tensor of W_enc's shape."""
+    d_sae, d_in = W_enc.shape
+    check_shape("shadow", shadow, {"d_sae": d_sae, "d_in": d_in})
+    if shadow is not None and shadow.dtype not in SHADOW_DTYPES:
+        raise TypeError(
+            f"`shadow` must be torch.bfloat16 or torch.float16; got {shadow.dtype}. Pass "
+            "`W_enc.bfloat16()`, or leave it out."
+        )

@@ -306,8 +306,8 @@ def launch_update(
     dec_more = enc_more = None, None, None
     if more is not None:
         slots = _slots(more.latents, d_sae)
-        dec_more = slots, more.W_dec.contiguous(), None
-        enc_more = slots, more.W_enc.contiguous(), more.b_enc
+        extra = [part.float().contiguous() for part in more[1:]]
+        dec_more, enc_more = (slots, extra[1], None), (slots, extra[0], extra[2])
     dec_state = dictionary.W_dec, dictionary.dec_shadow, dictionary.dec_moments
     enc_state = dictionary.W_enc, dictionary.enc_shadow, dictionary.enc_moments
     for source, (weight, shadow, moments), biases, is_unit in (
@@ -378,20 +378,29 @@ def _warps(d: int, moments: Moments) -> int:
 
 
 def sparse_gradients(
-    code: Code, grad_x_hat: Tensor, x: Tensor, d_sae: int, *, impl: Impl = "auto"
+    code: Code,
+    grad_x_hat: Tensor,
+    x: Tensor,
+    d_sae: int,
+    *,
+    prefixes: Sequence[int] | None = None,
+    impl: Impl = "auto",
 ) -> Gradients:
     """Return the weight gradients of a code as tensors, float32, with one sort for all three.
 
-    grad_x_hat (n, d_out) is dL/dx_hat and x (n, d_in) what the encoder multiplied. For clipping,
-    and for averaging over processes before `dense_update_`.
+    grad_x_hat (n, d_out), or (n, P, d_out) with `prefixes`, and x (n, d_in) as in `fused_update_`.
+    For clipping, and for averaging over processes before `dense_update_`.
     """
+    ends, grad_rows = _ends(prefixes, d_sae), grad_x_hat.reshape(-1, grad_x_hat.shape[-1])
     form = choose_form(impl, "sparse_gradients", code.values, code.grad_pre_acts, grad_x_hat, x)
     segments = by_latent(code.indices, d_sae, code.offsets)
     if form == "triton":
-        dec, _ = launch_segment_sums(segments, code.values, grad_x_hat, torch.float32)
+        of_prefixes = _rows_of_prefixes(segments, ends)
+        grad_rows = grad_rows.contiguous()
+        dec, _ = launch_segment_sums(of_prefixes, code.values, grad_rows, torch.float32)
         enc, bias = launch_segment_sums(segments, code.grad_pre_acts, x, torch.float32)
         return Gradients(enc, dec, bias)
-    return _gradients_by_block(segments, code, grad_x_hat, x, ())(0, d_sae)
+    return _gradients_by_block(segments, code, grad_rows, x, ends)(0, d_sae)
 
 
 def _gradients_by_block(
@@ -468,13 +477,13 @@ def _blocks(dictionary: Dictionary) -> Iterator[tuple[int, int]]:
 
 def _rows_of(dictionary: Dictionary, rows: slice) -> Dictionary:
     """Return views of some rows of all tensors of `dictionary`."""
+    W_enc, W_dec, b_enc, *moments = dictionary[:5]
+    enc_moments, dec_moments = (Moments(*(part[rows] for part in kept)) for kept in moments)
+    shadows = dictionary.enc_shadow, dictionary.dec_shadow
     return Dictionary(
-        *(
-            Moments(*(tensor[rows] for tensor in part))
-            if isinstance(part, Moments)
-            else (None if part is None else part[rows])
-            for part in dictionary
-        )
+        *(W_enc[rows], W_dec[rows], b_enc[rows], enc_moments, dec_moments),
+        *(dictionary.b_enc_m[rows], dictionary.b_enc_v[rows]),
+        *(None if shadow is None else shadow[rows] for shadow in shadows),
     )
 
 
@@ -501,7 +510,8 @@ def adam_step_(
 ) -> None:
     """Take one Adam step with `weight`, whose rows are those from `row` on of a matrix.
 
-    `due` (rows,) bool are the rows to update, None for all.
+    weight and grad (rows, d) float32, or (rows,) with float32 moments; grad stays as it is. `due`
+    (rows,) bool are the rows to update, None for all. Nothing here waits for a GPU.
     """
     if due is None and weight.is_cpu and moments.m.dtype == torch.float32:
         _torch_adam_(weight, grad, moments, scalars)
@@ -516,7 +526,7 @@ def adam_step_(
     if due is not None:
         change = change.where(due.view(-1, *[1] * (change.ndim - 1)), 0)
         for tensor, old in zip(moments, before, strict=True):
-            tensor[~due] = old[~due]
+            tensor.copy_(tensor.where(due.view(-1, *[1] * (tensor.ndim - 1)), old))
     weight.sub_(change)
 
 
@@ -556,22 +566,24 @@ def fused_update_(
 
     grad_x_hat (n, d_out) is dL/dx_hat, x (n, d_in) what the encoder multiplied, and
     `code.grad_pre_acts` dL/dpre_acts of each pair: 0 where the activation function stopped it.
-    `more` are gradients of single rows besides. With P `prefixes` (Matryoshka's, ascending, the
-    last d_sae) grad_x_hat is (n, P, d_out): what reaches latents that are in prefix p and in none
-    before it. `unit_norm` projects W_dec's gradient and renormalises its rows; `lazy` skips latents
-    without gradients. No gradient of a weight's size exists, on a CPU one of a block of rows.
+    `more` are gradients of single rows besides, of any floating dtype. With P `prefixes`
+    (Matryoshka's, ascending, the last d_sae) grad_x_hat is (n, P, d_out): what reaches latents that
+    are in prefix p and in none before it. `unit_norm` projects W_dec's gradient and renormalises
+    its rows; `lazy` skips latents without gradients. No gradient of a weight's size exists, on a
+    CPU one of a block of rows.
 
     Returns the encoder's part of dL/db_dec, −Σ_l G_b[l] · W_enc[l] (d_in) by the rows before the
     step and without `more`, for an encoder that reads x = input − b_dec. The decoder's part is
     grad_x_hat.sum(0).
 
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    Raises ValueError or TypeError for shapes, dtypes, devices or prefixes that do not fit.
     """
     _check_dictionary(dictionary)
     check_code("code.values", code.values, code.indices, code.offsets)
     check_code("code.grad_pre_acts", code.grad_pre_acts, code.indices, code.offsets)
     n = code.indices.shape[0] if code.offsets is None else code.offsets.numel() - 1
-    d_sae, ends = dictionary.W_enc.shape[0], tuple(prefixes or ())
+    d_sae = dictionary.W_enc.shape[0]
+    ends = _ends(prefixes, d_sae)
     middle = {"prefixes": len(ends)} if ends else {}
     check_shape("grad_x_hat", grad_x_hat, {"n": n, **middle, "d_out": dictionary.W_dec.shape[1]})
     check_shape("x", x, {"n": n, "d_in": dictionary.W_enc.shape[1]})
@@ -625,15 +637,33 @@ def dense_update_(
     return -_update_by_torch(dictionary, scalars, gradients_of, unit_norm, None, None)
 
 
+def _ends(prefixes: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
+    """Return the prefixes' ends, () without; raise ValueError unless they ascend to `d_sae`."""
+    if prefixes is None:
+        return ()
+    ends = tuple(int(end) for end in prefixes)
+    if not ends or ends[0] < 1 or ends[-1] != d_sae or list(ends) != sorted(set(ends)):
+        raise ValueError(
+            f"`prefixes` must ascend from at least 1 to d_sae={d_sae}; got {list(ends)}. Pass "
+            "those of the loss, or leave it out where grad_x_hat has two axes."
+        )
+    return ends
+
+
 def _check_more(more: RowGradients | None, dictionary: Dictionary) -> None:
     if more is None:
         return
+    check_shape("more.latents", more.latents, {"m": None})
+    if more.latents.dtype != torch.int64:
+        raise TypeError(
+            f"`more.latents` must be torch.int64; got {more.latents.dtype}. Convert it with "
+            "`.long()`."
+        )
     m = more.latents.shape[0]
-    check_shape("more.latents", more.latents, {"m": m})
     check_shape("more.W_enc", more.W_enc, {"m": m, "d_in": dictionary.W_enc.shape[1]})
     check_shape("more.W_dec", more.W_dec, {"m": m, "d_out": dictionary.W_dec.shape[1]})
     check_shape("more.b_enc", more.b_enc, {"m": m})
-    check_same_device(W_enc=dictionary.W_enc, **more._asdict())
+    check_same_device(dictionary=dictionary.W_enc, **more._asdict())
 
 
 def _fits(dictionary: Dictionary) -> bool:

@@ -8,6 +8,7 @@ starting values in `initialisation`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import sae_kernels
 from sae.coder.activations import ACTIVATIONS
-from sae.coder.latents import Latents, from_dense
+from sae.coder.latents import Latents, SparseCode, from_dense, to_dense
 from sae.config import CoderConfig
 
 DEFAULT_EXPANSION_FACTOR = 8
@@ -28,7 +29,12 @@ class SparseCoder(nn.Module):
         cfg: the resolved `CoderConfig` (d_sae is a number).
         metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
         W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in).
+        enc_shadow, dec_shadow: 16-bit copies of the weights for the fused step's matmuls and
+            gathers; None everywhere but in what `with_shadows` returns.
     """
+
+    enc_shadow: Tensor | None = None
+    dec_shadow: Tensor | None = None
 
     def __init__(self, d_in: int, cfg: CoderConfig, metadata: dict[str, object] | None = None):
         super().__init__()
@@ -61,31 +67,40 @@ class SparseCoder(nn.Module):
             coder.W_enc.copy_(coder.W_dec)
         return coder
 
-    def encode_training(self, x: Tensor) -> Latents | Tensor:
+    def with_shadows(self, enc_shadow: Tensor | None, dec_shadow: Tensor | None) -> SparseCoder:
+        """Return this coder, sharing its parameters, with 16-bit copies of its weights at hand."""
+        shadowed = copy.copy(self)
+        shadowed.enc_shadow, shadowed.dec_shadow = enc_shadow, dec_shadow
+        return shadowed
+
+    def encode_training(self, x: Tensor) -> SparseCode | Tensor:
         """Return the code of `x` (n, d_in) in the form that is cheapest to train through."""
         return ACTIVATIONS[self.cfg.activation].encode_training(self, x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (…, d_sae) of `x` (…, d_in)."""
         self._check_width(x)
-        code = self.encode_training(x.reshape(-1, self.d_in))
-        dense = code.to_dense(self.d_sae) if isinstance(code, Latents) else code
+        dense = to_dense(self.encode_training(x.reshape(-1, self.d_in)), self.d_sae)
         return dense.reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> Latents:
         """Return the sparse code of `x` (…, d_in); its slots are shared by all tokens given."""
         self._check_width(x)
         code = self.encode_training(x.reshape(-1, self.d_in))
-        latents = code if isinstance(code, Latents) else from_dense(code)
+        latents = code if isinstance(code, Latents) else from_dense(to_dense(code, self.d_sae))
         return Latents(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in latents))
 
-    def decode(self, latents: Latents | Tensor) -> Tensor:
+    def decode(self, latents: SparseCode | Tensor) -> Tensor:
         """Return x_hat (…, d_in) from a sparse or a dense code."""
-        if isinstance(latents, Latents):
-            return sae_kernels.sparse_decode(
-                latents.values, latents.indices, self.W_dec, self.b_dec
-            )
-        return latents @ self.W_dec + self.b_dec
+        if isinstance(latents, Tensor):
+            return latents @ self.W_dec + self.b_dec
+        return sae_kernels.sparse_decode(
+            latents.values,
+            latents.indices,
+            self.W_dec,
+            self.b_dec,
+            offsets=latents.offsets if isinstance(latents, sae_kernels.Ragged) else None,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x` (…, d_in)."""

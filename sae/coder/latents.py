@@ -1,4 +1,4 @@
-"""The sparse form of a code: which latents are active, and how strongly."""
+"""The sparse forms of a code: which latents are active, and how strongly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sae_kernels import Ragged
 
 
 class Latents(NamedTuple):
@@ -25,6 +27,21 @@ class Latents(NamedTuple):
     def l0(self) -> Tensor:
         """Return how many latents are active (≠ 0) for each token, (n)."""
         return (self.values != 0).sum(-1)
+
+
+SparseCode = Latents | Ragged
+
+
+def to_dense(code: SparseCode | Tensor, d_sae: int) -> Tensor:
+    """Return the (n, d_sae) code of any form of it."""
+    if isinstance(code, Ragged):
+        n = code.offsets.numel() - 1
+        pairs = torch.arange(code.values.numel(), device=code.values.device)
+        # Padding, of value 0, may lie behind the last token's pairs: it adds nothing anywhere.
+        tokens = torch.searchsorted(code.offsets[1:], pairs, right=True).clamp(max=max(n - 1, 0))
+        dense = code.values.new_zeros(n, d_sae)
+        return dense.index_put((tokens, code.indices), code.values, accumulate=True)
+    return code.to_dense(d_sae) if isinstance(code, Latents) else code
 
 
 def from_dense(dense: Tensor) -> Latents:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.coder import Latents
+from sae.coder.latents import SparseCode
 from sae.train.distributed import max_over_ranks
 
 DEAD_LISTED_PER_K_AUX = 4
@@ -29,8 +29,11 @@ class DeadLatents:
         self.last_fired_at = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.indices = torch.empty(0, dtype=torch.int64, device=device)
 
-    def update(self, code: Latents | Tensor, tokens_seen: int) -> None:
-        """Note which latents fired in a batch, after which `tokens_seen` tokens were seen."""
+    def update(self, code: SparseCode | Tensor, tokens_seen: int | Tensor) -> None:
+        """Note which latents fired in a batch, after which `tokens_seen` tokens were seen.
+
+        The number may be a scalar on the device: a captured step replays the read of it.
+        """
         self.last_fired_at.masked_fill_(fired(code, len(self.last_fired_at)), tokens_seen)
 
     def refresh(self, tokens_seen: int) -> None:
@@ -53,10 +56,10 @@ class DeadLatents:
         return tokens_seen - self.last_fired_at >= self.dead_after_tokens
 
 
-def fired(code: Latents | Tensor, d_sae: int) -> Tensor:
+def fired(code: SparseCode | Tensor, d_sae: int) -> Tensor:
     """Return which latents fired at least once in a batch, (d_sae) bool, without a host sync."""
-    if isinstance(code, Latents):
-        counts = torch.zeros(d_sae, device=code.values.device)
-        is_active = (code.values.detach() != 0).float().flatten()
-        return counts.scatter_add_(0, code.indices.flatten(), is_active) > 0
-    return (code.detach() != 0).any(0)
+    if isinstance(code, Tensor):
+        return (code.detach() != 0).any(0)
+    counts = torch.zeros(d_sae, device=code.values.device)
+    is_active = (code.values.detach() != 0).float().flatten()
+    return counts.scatter_add_(0, code.indices.flatten(), is_active) > 0

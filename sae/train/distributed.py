@@ -109,6 +109,11 @@ def require_divisible(train: TrainConfig, world_size: int) -> None:
         )
 
 
+def is_first_process() -> bool:
+    """Return whether this process speaks for all: where one message is enough."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of `x` over all processes; `x` itself where there is one."""
     if dist.is_initialized() and dist.get_world_size() > 1:

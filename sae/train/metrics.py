@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sae.coder import Latents
+from sae.coder.latents import SparseCode
 from sae.train.distributed import sum_over_ranks
 
 
@@ -28,15 +28,15 @@ class MetricSums:
         self.sums["x"] = torch.zeros_like(centre, dtype=torch.float64)
 
     def update(
-        self, x: Tensor, residual: Tensor, code: Latents | Tensor, losses: Mapping[str, Tensor]
+        self, x: Tensor, residual: Tensor, code: SparseCode | Tensor, losses: Mapping[str, Tensor]
     ) -> None:
         """Add one batch: x and residual (n, d_in), its code, its mean losses."""
         shifted = x - self.centre
         self.sums["n"].add_(len(x))
         self._add("x", shifted.sum(0))
-        self._add("x_squared", shifted.pow(2).sum())
-        self._add("squared_error", residual.detach().pow(2).sum())
-        values = code.values if isinstance(code, Latents) else code
+        self._add("x_squared", _squared(shifted))
+        self._add("squared_error", _squared(residual.detach()))
+        values = code if isinstance(code, Tensor) else code.values
         self._add("active", (values.detach() != 0).sum())
         for name in self.loss_names:
             self._add(name, losses[name].detach() * len(x))
@@ -71,3 +71,8 @@ class MetricSums:
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name].add_(value)
+
+
+def _squared(rows: Tensor) -> Tensor:
+    """Return Σ‖row‖² in float64, without a matrix of squares."""
+    return torch.linalg.vector_norm(rows, dim=-1).square().sum(dtype=torch.float64)

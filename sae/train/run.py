@@ -22,6 +22,7 @@ from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
 from sae.train.distributed import make_accelerator, mean_over_ranks
 from sae.train.folder import require_free, require_same, write_run_files
+from sae.train.steps import resolve_step
 from sae.train.trainer import train_coder
 
 
@@ -68,13 +69,14 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
     coder = resolve_coder(cfg.coder, d_in)
     assert coder.d_sae is not None
     tokens_held = buffer_tokens(cfg.stream, cfg.data.context_size)
-    return replace(
+    resolved = replace(
         cfg,
         coder=coder,
         train=schedule.resolve(cfg.train, coder.d_sae, device),
         stream=replace(cfg.stream, buffer_tokens=tokens_held),
         run=replace(cfg.run, folder=str(folder) if folder else None),
     )
+    return resolve_step(resolved)
 
 
 def with_dtypes(cfg: Config, source: LanguageModelSource) -> Config:

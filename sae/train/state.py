@@ -6,15 +6,15 @@ source's state are each process's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder, to_raw_units
 from sae.stream.source import ActivationSource
+from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
 from sae.train.metrics import MetricSums
 
@@ -38,7 +38,7 @@ class TrainState:
     """The loop's state: a finished step more is all that one turn of the loop adds to it."""
 
     coder: SparseCoder
-    optimizer: torch.optim.Adam
+    adam: AdamState
     dead: DeadLatents
     metrics: MetricSums
     source: ActivationSource
@@ -69,7 +69,7 @@ class TrainState:
         """Return the part of the state that is tensors, by name; live tensors, not copies."""
         return {
             **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
-            **dict(self._adam_tensors()),
+            **{f"adam.{name}": value for name, value in self.adam.tensors().items()},
             "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,
         }
@@ -87,27 +87,8 @@ class TrainState:
         self.calibration = replace(
             self.calibration, scale=scalars["scale"], variance=scalars["variance"]
         )
-        self._make_adam_state()
         device = self.dead.indices.device
         self.dead.indices = tensors["dead.indices"].to(device)
         for name, value in {**self.tensors(), **self.own_tensors()}.items():
             if name != "dead.indices":
                 value.copy_(tensors[name])
-
-    def _adam_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        names = {id(p): name for name, p in self.coder.named_parameters()}
-        for parameter, slots in self.optimizer.state.items():
-            for slot, value in slots.items():
-                yield f"adam.{names[id(parameter)]}.{slot}", value
-
-    def _make_adam_state(self) -> None:
-        """Let Adam make its (empty) moments, by a step that changes nothing."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae.coder import Latents, SparseCoder, normalise_decoder_, project_decoder_gradient_
+from sae.coder import SparseCoder
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import initial_b_dec
-from sae.coder.losses import LossInputs, extra_losses, reconstruction_loss
 from sae.config import Config
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
+from sae.train.adam import AdamState
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
 from sae.train.dead import DeadLatents
 from sae.train.distributed import mean_over_ranks
@@ -31,27 +30,8 @@ from sae.train.metrics import MetricSums
 from sae.train.progress import TrainProgress
 from sae.train.schedule import lr_at, n_steps
 from sae.train.state import Calibration, TrainState
+from sae.train.steps import make_step
 from sae.train.tracking import Tracker, open_trackers
-
-
-class TrainingModule(nn.Module):
-    """The part of a step that is differentiated; what data-parallel training wraps."""
-
-    def __init__(self, coder: SparseCoder, variance: float, precision: str = "no"):
-        super().__init__()
-        self.coder, self.variance, self.is_bf16 = coder, variance, precision == "bf16"
-
-    def forward(
-        self, x: Tensor, dead_indices: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor, Latents | Tensor]:
-        """Return the losses of x (n, d_in), "loss" being their sum; the residual; the code."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            code = self.coder.encode_training(x)
-            x_hat = self.coder.decode(code)
-            residual = x - x_hat
-            losses = {"reconstruction": reconstruction_loss(residual, self.variance)}
-            losses |= extra_losses(LossInputs(self.coder, x, x_hat, residual, code, dead_indices))
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, code
 
 
 def train_coder(
@@ -74,9 +54,7 @@ def train_coder(
     state = make_state(cfg, source, accelerator)
     if resume_from is not None:
         load_checkpoint(state, resume_from, accelerator)
-    module = accelerator.prepare_model(
-        TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
-    )
+    step = make_step(cfg, state, accelerator)
     is_shown = is_shown and accelerator.is_main_process
     progress = TrainProgress(cfg.train, seen_tokens=state.tokens_seen, is_shown=is_shown)
     trackers = _trackers(cfg, folder, state.step, accelerator)
@@ -106,35 +84,12 @@ def train_coder(
                 break
 
             # ---- one training step ----
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr_at(state.step, cfg.train)
-            accumulate_gradients(cfg, state, module, accelerator)
-            project_decoder_gradient_(state.coder)
-            if cfg.train.grad_clip_norm is not None:
-                nn.utils.clip_grad_norm_(state.coder.parameters(), cfg.train.grad_clip_norm)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            normalise_decoder_(state.coder)
+            step(_inputs(cfg, state, accelerator), lr_at(state.step, cfg.train))
             state.step += 1
 
     if stop_signal:
         raise _stopped(stop_signal, folder, saved_step)
     return state.raw_coder()
-
-
-def accumulate_gradients(
-    cfg: Config, state: TrainState, module: nn.Module, accelerator: Accelerator
-) -> None:
-    """Add up one step's gradients over its micro-batches, and what the log and AuxK count."""
-    n_micro = cfg.train.grad_accumulation_steps
-    n_tokens = cfg.train.batch_tokens // accelerator.num_processes // n_micro
-    for micro in range(n_micro):
-        x = _next_input(state, n_tokens, accelerator)
-        with nullcontext() if micro == n_micro - 1 else accelerator.no_sync(module):
-            losses, residual, code = module(x, state.dead.indices)
-            (losses["loss"] / n_micro).backward()
-        state.metrics.update(x, residual, code, losses)
-        state.dead.update(code, state.tokens_seen + cfg.train.batch_tokens)
 
 
 def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
@@ -150,9 +105,7 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
     assert cfg.coder.k_aux is not None
     return TrainState(
         coder=coder,
-        optimizer=torch.optim.Adam(
-            coder.parameters(), lr=0.0, betas=cfg.train.adam_betas, fused=True
-        ),
+        adam=AdamState(coder, cfg.train.adam_moments),
         dead=DeadLatents(
             coder.d_sae,
             dead_after_tokens=cfg.train.dead_after_tokens,
@@ -236,6 +189,14 @@ class Log:
         now, before = time.monotonic(), self._time
         since, self._time, self._tokens = tokens - self._tokens, now, tokens
         return since / max(now - before, 1e-9)
+
+
+def _inputs(cfg: Config, state: TrainState, accelerator: Accelerator) -> Iterator[Tensor]:
+    """Yield this process's micro-batches of one step, each when it is asked for."""
+    n_micro = cfg.train.grad_accumulation_steps
+    n_tokens = cfg.train.batch_tokens // accelerator.num_processes // n_micro
+    for _ in range(n_micro):
+        yield _next_input(state, n_tokens, accelerator)
 
 
 def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:

@@ -33,7 +33,7 @@ def describe(device: torch.device, commit: str | None) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: package_version(package) for package in PACKAGES},
         "commit": commit or found_commit,
         "uncommitted_changes": None if commit else is_dirty,
     }
@@ -83,7 +83,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -139,7 +139,7 @@ def sparsify_decode(code: Code) -> Tensor:
 
 def sparsify_step(batch: Batch) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
     """Return a call of eai-sparsify's forward and backward: each token's error, and gradients."""
-    coders = _sparsify_module("sparse_coder")
+    coders = sparsify_module("sparse_coder")
     d_sae, d = batch.W_enc.shape
     cfg = coders.SparseCoderConfig(num_latents=d_sae, k=batch.k)
     coder = coders.SparseCoder(d, cfg, device=batch.x.device, dtype=batch.x.dtype)
@@ -158,11 +158,11 @@ def sparsify_step(batch: Batch) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]
 @cache
 def _sparsify_decoder() -> Callable[..., Any]:
     """Return the wheel's decoder: on a GPU its Triton kernel, on a CPU its eager form."""
-    utils = _sparsify_module("utils")
+    utils = sparsify_module("utils")
     return utils.decoder_impl if torch.cuda.is_available() else utils.eager_decode
 
 
-def _sparsify_module(name: str) -> Any:
+def sparsify_module(name: str) -> Any:
     """Import a module of the wheel without its trainer, which needs packages that it does not."""
     if "sparsify" not in sys.modules:
         found = importlib.util.find_spec("sparsify")

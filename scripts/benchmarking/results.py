@@ -54,18 +54,18 @@ def as_markdown(document: dict[str, Any]) -> str:
     lines = [
         f"# Kernels on {document['machine']['device']}, {document['date']}",
         "",
-        *_notes(document),
+        *notes_of(document),
         "",
         "```",
         document["command"],
         "```",
         "",
-        *_facts(document),
+        *facts(document),
     ]
     for shape in document["shapes"]:
         rows = [row for row in document["rows"] if row["shape"] == shape["name"]]
         if rows:
-            lines += ["", _shape_heading(shape), "", *table(rows)]
+            lines += ["", shape_heading(shape), "", *table(rows)]
     lines += ["", "Sources of the contenders that are not ours:", ""]
     lines += [f"- {name}: {source}" for name, source in _peers(document["rows"])]
     return "\n".join(lines) + "\n"
@@ -87,14 +87,14 @@ def one_line(row: dict[str, Any]) -> str:
     )
 
 
-def _notes(document: dict[str, Any]) -> list[str]:
+def notes_of(document: dict[str, Any]) -> list[str]:
     notes = list(document["notes"])
     if not document["complete"]:
         notes.insert(0, "The run did not end: what follows is what it had measured.")
     return [f"**{note}**" for note in notes]
 
 
-def _facts(document: dict[str, Any]) -> list[str]:
+def facts(document: dict[str, Any]) -> list[str]:
     machine, ceilings = document["machine"], document["ceilings"]
     packages = ", ".join(f"{name} {found}" for name, found in machine["packages"].items())
     dirty = ", with uncommitted changes" if machine["uncommitted_changes"] else ""
@@ -119,7 +119,7 @@ def _gpu(state: dict[str, str] | None) -> str | None:
     return ", ".join(f"{name} {value}" for name, value in state.items()) if state else None
 
 
-def _shape_heading(shape: dict[str, Any]) -> str:
+def shape_heading(shape: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {shape[name]}" for name in ("n", "d", "d_sae", "k"))
     return f"## {shape['name']}: {sizes}"
 

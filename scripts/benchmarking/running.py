@@ -201,9 +201,9 @@ def _attempt(run: Run, result: Result, work: Callable[[], T]) -> T | None:
     except Absent as error:
         result.update(status="absent", reason=str(error))
     except torch.OutOfMemoryError as error:
-        result.update(status="does not fit", reason=_first_line(error))
+        result.update(status="does not fit", reason=first_line(error))
     except Exception as error:  # whatever a contender raises is its result
-        result.update(status="error", reason=f"{type(error).__name__}: {_first_line(error)}")
+        result.update(status="error", reason=f"{type(error).__name__}: {first_line(error)}")
     return None
 
 
@@ -222,10 +222,10 @@ def _see_whether_the_device_answers(run: Run, result: Result) -> None:
         run.clock.settle()
     except RuntimeError as error:
         where = " ".join(str(result[key]) for key in ("shape", "op", "part", "contender"))
-        run.stopped_by = f"the device stopped answering at {where}: {_first_line(error)}"
+        run.stopped_by = f"the device stopped answering at {where}: {first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else ""
 

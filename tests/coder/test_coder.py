@@ -17,7 +17,7 @@ from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import geometric_median, initial_b_dec
 from sae.coder.losses import LossInputs, auxk_loss, l1_loss, reconstruction_loss
 from sae.config import CoderConfig
-from sae.train.trainer import TrainingModule
+from sae.train.autograd_step import TrainingModule
 
 D_IN, D_SAE, K = 12, 40, 5
 

@@ -193,6 +193,8 @@ def test_memory_is_bounded(monkeypatch) -> None:
     assert chunk < n * k * d < n * d_sae
     monkeypatch.setattr(encode, "CPU_BUFFER_BYTES", chunk * 4)
     assert largest_in_step(monkeypatch) <= max(weights, chunk)
+    shadow = torch.zeros(d_sae, d, dtype=torch.bfloat16)
+    assert largest_in_step(monkeypatch, shadow=shadow, chunk_tokens=8) <= max(weights, chunk)
 
 
 def test_chunks_are_balanced_and_within_the_bound() -> None:
@@ -233,6 +235,107 @@ def test_autocast_gradients_are_full_precision(generator) -> None:
         torch.testing.assert_close(given.grad, want, rtol=1e-5, atol=1e-4)
 
 
+def exact_of(inputs: list[Tensor]) -> Tensor:
+    x, W_enc, b_enc, b_dec = (tensor.double() for tensor in inputs)
+    return (x - b_dec) @ W_enc.T + b_enc
+
+
+@pytest.mark.parametrize(
+    ("impl", "k"),
+    [
+        ("auto", 1),
+        ("auto", 40),
+        ("auto", 300),
+        ("reference", 40),
+        pytest.param("triton", 6, marks=needs_triton),
+    ],
+)
+def test_rescored_values_are_those_of_W_enc(impl: str, k: int, generator) -> None:
+    """And the selection is the exact one: with 8 candidates more, no winner was lost."""
+    case = Case(n=5, d=16, d_sae=40, k=k) if impl == "triton" else Case(n=60, d=24, d_sae=300, k=k)
+    inputs = [t.float().to(DEVICE) for t in draw(case, generator)]
+    shadow = inputs[1].bfloat16()
+    given = {"k": k, "relu": False, "impl": impl, "chunk_tokens": 7, "shadow": shadow}
+    exact = exact_of(inputs)
+    best = exact.topk(k)[0]
+    values, indices = sae_kernels.encode_topk(*inputs, **given, rescore=True)
+    assert values.dtype == torch.float32
+    assert all(len(row.unique()) == k for row in indices)
+    torch.testing.assert_close(values.double(), exact.gather(1, indices), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values.double().sort(descending=True)[0], best, rtol=1e-5, atol=1e-5)
+    if k == 40:
+        _, rounded = sae_kernels.encode_topk(*inputs, **given, rescore=False)
+        assert exact.gather(1, rounded).sum() < best.sum() - 1e-4  # so there was much to mend
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_shadow_alone_is_the_16_bit_encode(impl: str, dtype: torch.dtype, generator) -> None:
+    """It is read in W_enc's place: with a wrong W_enc nothing changes, whatever autocast says."""
+    x, W_enc, b_enc, b_dec = (
+        t.float().to(DEVICE) for t in draw(Case(n=5, d=16, d_sae=40, k=6), generator)
+    )
+    shadow = W_enc.to(dtype)
+    given = [(x - b_dec).to(dtype), shadow, b_enc.to(dtype)]
+    expected = sae_kernels.encode_topk(*given, k=6, impl=impl)  # type: ignore[arg-type]
+    for autocast in (None, *HALF):
+        with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
+            options = {"k": 6, "shadow": shadow, "rescore": False, "impl": impl}
+            found = sae_kernels.encode_topk(x, W_enc * 3, b_enc, b_dec, **options)
+        assert found[0].dtype == torch.float32
+        assert torch.equal(found[0], expected[0].float())
+        assert torch.equal(found[1], expected[1])
+
+
+def test_a_cpu_rescores_unless_told_otherwise(generator) -> None:
+    inputs = [t.float() for t in draw(Case(20, 16, 400, 5), generator)]
+    op = partial(sae_kernels.encode_topk, *inputs, k=5, shadow=inputs[1].bfloat16())
+    for impl in ("auto", "reference"):
+        default, rescored, rounded = (
+            op(impl=impl, rescore=rescore)[0] for rescore in (None, True, False)
+        )
+        assert torch.equal(default, rescored)
+        assert not torch.equal(default, rounded)
+    assert encode._rescores(None, torch.empty(1, device="meta")) is False
+
+
+@pytest.mark.parametrize(("k", "n_scored"), [(1, 9), (32, 40), (33, 41), (100, 125), (395, 400)])
+def test_candidates_are_a_quarter_more(k: int, n_scored: int, generator, monkeypatch) -> None:
+    assert encode.n_candidates(k, 400, rescores=True) == n_scored
+    assert encode.n_candidates(k, 400, rescores=False) == 0
+    inputs, seen = [t.float() for t in draw(Case(20, 16, 400, k), generator)], []
+
+    def rescored(x, W_enc, b_enc, b_dec, candidates, *rest):
+        seen.append(candidates.shape)
+        return real(x, W_enc, b_enc, b_dec, candidates, *rest)
+
+    real = encode._rescored
+    monkeypatch.setattr(encode, "_rescored", rescored)
+    sae_kernels.encode_topk(*inputs, k=k, shadow=inputs[1].bfloat16())
+    assert seen == [(20, n_scored)]
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_beside_a_shadow_are_those_of_W_enc(relu: bool, generator) -> None:
+    """k = every latent that can win, so that rounding cannot change the selection."""
+    case = Case(n=30, d=16, d_sae=60, k=6, firing="few")
+    inputs = [t.float() for t in draw(case, generator)]
+    inputs[2][6:] -= 1000
+    chosen: list[Tensor] = []
+    op = partial(values_in_fixed_order, chosen=chosen, k=6, relu=relu)
+    expected = outputs_and_gradients(op, inputs)
+    shadow = inputs[1].bfloat16()
+    found = outputs_and_gradients(partial(op, shadow=shadow), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if relu:
+        assert (found[0] == 0).any()
+        assert (found[0] > 0).any()
+    dense = partial(op, shadow=shadow, impl="reference")
+    for ours, theirs in zip(outputs_and_gradients(dense, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @each_dtype
 def test_values_dtype_without_autocast(dtype: torch.dtype, generator) -> None:
     inputs = [t.to(dtype) for t in draw(Case(6, 4, 20, 3), generator)]
@@ -250,9 +353,14 @@ def test_bitwise_reproducible(generator) -> None:
 @pytest.mark.parametrize("with_triton", [False, pytest.param(True, marks=needs_triton)])
 def test_opcheck(with_triton: bool, generator) -> None:
     x, W_enc, b_enc, b_dec = (t.float().to(DEVICE) for t in draw(Case(5, 4, 30, 3), generator))
-    for bias, dtype in [(b_dec, torch.float32), (None, torch.bfloat16)]:
+    half = torch.bfloat16
+    for weight, bias, dtype in [
+        (W_enc, b_dec, torch.float32),
+        (W_enc, None, half),
+        (W_enc.to(half), b_dec, half),  # a shadow
+    ]:
         options = 3, True, 4, dtype, with_triton
-        torch.library.opcheck(encode.encode_rows, (x, W_enc, b_enc, bias, *options))
+        torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options))
 
 
 @ignore_dynamo_deprecation
@@ -267,6 +375,22 @@ def test_compiles_with_gradients(generator) -> None:
     expected = outputs_and_gradients(loss, inputs)
     for ours, theirs in zip(outputs_and_gradients(compiled, inputs), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@ignore_dynamo_deprecation
+@pytest.mark.parametrize("rescore", [True, False])
+def test_compiles_with_a_shadow(rescore: bool, generator) -> None:
+    inputs = [t.float() for t in draw(Case(9, 4, 300, 3), generator)]
+    shadow = inputs[1].bfloat16()
+    options = {"k": 3, "chunk_tokens": 4, "shadow": shadow, "rescore": rescore}
+
+    def loss(*given: Tensor) -> Tensor:
+        return sae_kernels.encode_topk(*given, **options)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(loss, inputs)
+    for ours, theirs in zip(outputs_and_gradients(compiled, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_errors() -> None:
@@ -289,5 +413,16 @@ def test_errors() -> None:
         op(x, W, b.to("meta"), k=2)
     with pytest.raises(ValueError, match="`W_enc` must be finite; got 96 NaN or infinite"):
         op(x, W / 0, b, k=2, check_finite=True)
+    half = W.bfloat16()
+    with pytest.raises(
+        ValueError, match=r"`shadow` must have shape \(d_sae=32, d_in=3\); got \(3,"
+    ):
+        op(x, W, b, k=2, shadow=half.T)
+    with pytest.raises(TypeError, match=r"`shadow` must be torch.bfloat16 .*; got torch.float32"):
+        op(x, W, b, k=2, shadow=W)
+    with pytest.raises(ValueError, match=r"must share one device; got .*shadow on meta"):
+        op(x, W, b, k=2, shadow=half.to("meta"))
+    with pytest.raises(ValueError, match="`shadow` must be finite; got 96 NaN or infinite"):
+        op(x, W, b, k=2, shadow=half / 0, check_finite=True)
     with pytest.raises(RuntimeError, match="`encode_topk` with impl='triton' must have"):
         op(x.double(), W.double(), b.double(), k=2, impl="triton")

@@ -10,7 +10,13 @@ from kernel_cases import DEVICE, Case, draw_indices, draw_ragged, needs_triton
 from torch import Tensor
 
 from sae_kernels import fused_update, segments
-from sae_kernels.fused_update import Code, Dictionary, adam_scalars
+from sae_kernels.fused_update import (
+    Code,
+    Dictionary,
+    RowGradients,
+    adam_scalars,
+    adam_step_,
+)
 from sae_kernels.moments import Moments, new_moments, noise_of, read_moments, write_moments_
 
 CASE = Case(n=9, d=12, d_sae=10, k=3, firing="hub")
@@ -71,17 +77,40 @@ def dense(code: Code, weights: Tensor, rows: Tensor) -> Tensor:
     return matrix.T @ rows
 
 
+def draw_more(generator, *, d_out: int = CASE.d) -> RowGradients:
+    """Of latents that fire and that do not, in no order, with two rows of padding."""
+    latents = torch.tensor([8, 2, CASE.d_sae, 0, CASE.d_sae + 3, 7])
+    shapes = (6, CASE.d), (6, d_out), (6,)
+    rows = [torch.randn(shape, generator=generator) for shape in shapes]
+    for row in rows:
+        row[latents >= CASE.d_sae] = 0
+    return RowGradients(*(tensor.to(DEVICE) for tensor in (latents, *rows)))
+
+
 def torch_adam_steps(
-    start: Dictionary, steps: list, lr: float
+    start: Dictionary,
+    steps: list,
+    lr: float,
+    *,
+    more: list[RowGradients] | None = None,
+    W_dec_grads: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights after torch.optim.Adam took `steps`, and each step's encoder term of b_dec."""
+    """The weights after torch.optim.Adam took `steps`, and each step's encoder term of b_dec.
+
+    `more` has rows that each step adds; `W_dec_grads` are in place of the code's.
+    """
     W_enc, W_dec, b_enc = weights = [torch.nn.Parameter(start[i].clone()) for i in range(3)]
     optimizer, terms = torch.optim.Adam(weights, lr=lr), []
-    for code, grad_x_hat, x in steps:
+    for i, (code, grad_x_hat, x) in enumerate(steps):
         W_enc.grad = dense(code, code.grad_pre_acts, x)
-        W_dec.grad = dense(code, code.values, grad_x_hat)
+        W_dec.grad = W_dec_grads[i] if W_dec_grads else dense(code, code.values, grad_x_hat)
         b_enc.grad = dense(code, code.grad_pre_acts, torch.ones(len(x), 1, device=DEVICE))[:, 0]
         terms.append(-(b_enc.grad @ W_enc.detach()))
+        if more:
+            for latent, *rows in zip(*more[i], strict=True):
+                for weight, row in zip(weights, rows, strict=True):
+                    if latent < CASE.d_sae:
+                        weight.grad[latent] += row
         along = (W_dec.grad * W_dec.detach()).sum(1, keepdim=True)
         W_dec.grad -= along * W_dec.detach()
         optimizer.step()
@@ -106,18 +135,207 @@ def test_it_is_torchs_adam(impl: str, ragged: bool, generator) -> None:
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
 
 
-@needs_triton
+# On a CPU also with blocks of 3 rows, of which the last has 1.
+each_path = pytest.mark.parametrize(
+    ("impl", "block_rows"),
+    [("auto", None), ("auto", 3), pytest.param("triton", None, marks=needs_triton)],
+)
+
+
+def make_blocks(monkeypatch, n_rows: int | None) -> None:
+    if n_rows is not None:
+        monkeypatch.setattr(fused_update, "BLOCK_BYTES", 4 * CASE.d * n_rows)
+
+
+@each_path
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rows_gradients_are_added(impl, block_rows, ragged: bool, generator, monkeypatch) -> None:
+    """And b_dec's term, which the trainer adds to what AuxK gives it, has none of them."""
+    make_blocks(monkeypatch, block_rows)
+    dictionary = draw_dictionary(d_out=7)
+    steps = [draw_step(generator, ragged=ragged, d_out=7) for _ in range(2)]
+    more = [draw_more(generator, d_out=7) for _ in steps]
+    expected, terms = torch_adam_steps(dictionary, steps, lr=0.02, more=more)
+    for i, step in enumerate(steps):
+        scalars = adam_scalars(0.02, i + 1, dictionary.W_enc.device)
+        kept = [part.clone() for part in more[i]]
+        term = fused_update.fused_update_(dictionary, scalars, *step, more=more[i], impl=impl)
+        torch.testing.assert_close(term, terms[i], rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(more[i], kept, strict=True))
+    for found, want in zip(dictionary[:3], expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@each_impl
+def test_rows_gradients_may_be_16_bit(impl: str, generator) -> None:
+    step, more = draw_step(generator), draw_more(generator)
+    half = RowGradients(more.latents, *(part.bfloat16() for part in more[1:]))
+    rounded = RowGradients(more.latents, *(part.float() for part in half[1:]))
+    results = []
+    for given in (half, rounded):
+        dictionary = draw_dictionary()
+        scalars = adam_scalars(0.02, 1, dictionary.W_enc.device)
+        fused_update.fused_update_(dictionary, scalars, *step, more=given, impl=impl)
+        results.append(dictionary[:3])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_gradients_may_be_none(generator) -> None:
+    step, more = draw_step(generator), draw_more(generator)
+    pair = [draw_dictionary() for _ in range(2)]
+    for dictionary, given in zip(
+        pair, (RowGradients(*(part[:0] for part in more)), None), strict=True
+    ):
+        scalars = adam_scalars(0.02, 1, dictionary.W_enc.device)
+        fused_update.fused_update_(dictionary, scalars, *step, more=given)
+    assert all(torch.equal(a, b) for a, b in zip(pair[0][:3], pair[1][:3], strict=True))
+
+
+@each_path
+def test_lazily_rows_gradients_make_a_latent_due(impl, block_rows, generator, monkeypatch) -> None:
+    make_blocks(monkeypatch, block_rows)
+    dictionary, device = draw_dictionary(), torch.device(DEVICE)
+    step, more = draw_step(generator), draw_more(generator)
+    fused_update.fused_update_(dictionary, adam_scalars(0.1, 1, device), *step, impl=impl)
+    before = [tensor.clone() for tensor in dictionary[:3]]
+    moments = dictionary.dec_moments.m.clone(), dictionary.b_enc_v.clone()
+    step[0].indices[:] = step[0].indices % 5
+    options = {"more": more, "lazy": True, "impl": impl}
+    fused_update.fused_update_(dictionary, adam_scalars(0.1, 2, device), *step, **options)
+    fired = set(step[0].indices.unique().tolist()) | {8, 7, 2, 0}
+    assert not fired & {5, 6, 9}
+    after = *dictionary[:3], dictionary.dec_moments.m, dictionary.b_enc_v
+    for old, new in zip([*before, *moments], after, strict=True):
+        changed = (old != new).view(CASE.d_sae, -1).any(1).nonzero()[:, 0].tolist()
+        assert set(changed) == fired
+
+
 @each_format
 @pytest.mark.parametrize("lazy", [False, True])
-def test_the_kernel_is_the_torch_form(moment_format: str, lazy: bool, generator) -> None:
+def test_blocks_change_nothing(moment_format: str, lazy: bool, generator, monkeypatch) -> None:
+    """Stochastic rounding draws a row's noise from the row's place in the matrix.
+
+    Only torch's fused Adam, of b_enc and in float32, rounds the last elements of a block otherwise.
+    """
+    step, more = draw_step(generator, ragged=True), draw_more(generator)
+    pair = [draw_dictionary(moment_format, shadow=torch.bfloat16) for _ in range(2)]
+    for dictionary, n_rows in zip(pair, (CASE.d_sae, 3), strict=True):
+        make_blocks(monkeypatch, n_rows)
+        for i in range(2):
+            scalars = adam_scalars(0.02, i + 1, dictionary.W_enc.device)
+            options = {"more": more, "lazy": lazy, "impl": "reference"}
+            fused_update.fused_update_(dictionary, scalars, *step, **options)
+    whole, in_blocks = (list(tensors(dictionary)) for dictionary in pair)
+    for ours, theirs in zip(in_blocks, whole, strict=True):
+        if lazy or (ours.dtype != torch.float32 and moment_format != "fp32"):
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def draw_prefixes(code: Code, generator, d_out: int, ends: list[int]) -> tuple[Tensor, Tensor]:
+    """grad_x_hat (n, P, d_out), and dL/dW_dec by autograd in float64 through P dense decodes."""
+    errors = torch.randn(CASE.n, len(ends), d_out, generator=generator, dtype=torch.float64)
+    errors = errors.to(DEVICE)
+    acts = dense(code, code.values, torch.eye(CASE.n, device=DEVICE)).T.double()
+    W_dec = torch.zeros(CASE.d_sae, d_out, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    x_hats = [acts[:, :end] @ W_dec[:end] for end in ends]
+    loss = sum((x_hat * errors[:, p]).sum() for p, x_hat in enumerate(x_hats))
+    (W_dec_grad,) = torch.autograd.grad(loss, W_dec)
+    # A latent stands in the first prefix that holds it, and in all after that.
+    reaching = torch.stack([errors[:, p:].sum(1) for p in range(len(ends))], 1)
+    return reaching.float(), W_dec_grad.float()
+
+
+@each_path
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("ends", [[1, 4, 5, CASE.d_sae], [CASE.d_sae]], ids=str)
+def test_prefixes_are_dense_autograd(
+    impl, block_rows, ragged: bool, ends: list[int], generator, monkeypatch
+) -> None:
+    make_blocks(monkeypatch, block_rows)
+    dictionary = draw_dictionary(d_out=7)
+    code, _, x = draw_step(generator, ragged=ragged, d_out=7)
+    grad_x_hat, W_dec_grad = draw_prefixes(code, generator, 7, ends)
+    given = {"prefixes": ends, "impl": impl}
+    gradients = fused_update.sparse_gradients(code, grad_x_hat, x, CASE.d_sae, **given)
+    torch.testing.assert_close(gradients.W_dec, W_dec_grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients.W_enc, dense(code, code.grad_pre_acts, x))
+    step, scalars = (code, grad_x_hat, x), adam_scalars(0.02, 1, dictionary.W_enc.device)
+    expected, terms = torch_adam_steps(dictionary, [step], lr=0.02, W_dec_grads=[W_dec_grad])
+    term = fused_update.fused_update_(dictionary, scalars, *step, **given)
+    torch.testing.assert_close(term, terms[0], rtol=1e-4, atol=1e-4)
+    for found, want in zip(dictionary[:3], expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 12)], ids=str)
+@pytest.mark.parametrize("given_due", [False, True])
+def test_adam_step_is_torchs(shape: tuple[int, ...], given_due: bool, generator) -> None:
+    """For any tensor, by torch's own code on a CPU and by ours where rows may be left out."""
+    weight = torch.randn(shape, generator=generator).to(DEVICE)
+    parameter = torch.nn.Parameter(weight.clone())
+    options = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-5}
+    optimizer, moments = torch.optim.Adam([parameter], **options), new_moments(weight)
+    due = torch.ones(5, dtype=torch.bool, device=DEVICE) if given_due else None
+    for i in range(4):
+        grad = torch.randn(shape, generator=generator).to(DEVICE)
+        parameter.grad = grad.clone()
+        optimizer.step()
+        scalars = adam_scalars(0.03, i + 1, weight.device, beta1=0.8, beta2=0.95, eps=1e-5)
+        adam_step_(weight, grad, moments, scalars, due=due)
+    torch.testing.assert_close(weight, parameter.detach())
+    kept = optimizer.state[parameter]
+    torch.testing.assert_close(moments.m, kept["exp_avg"])
+    torch.testing.assert_close(moments.v, kept["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 12)], ids=str)
+def test_adam_step_leaves_out_what_is_not_due(shape: tuple[int, ...], generator) -> None:
+    weight, grad = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
+    every, some = weight.clone(), weight.clone()
+    scalars, moments = adam_scalars(0.03, 1, weight.device), new_moments(weight)
+    due = torch.tensor([True, False, True, False, False], device=DEVICE)
+    adam_step_(every, grad, new_moments(weight), scalars, due=torch.ones_like(due))
+    adam_step_(some, grad, moments, scalars, due=due)
+    assert torch.equal(some[due], every[due])
+    assert torch.equal(some[~due], weight[~due])
+    assert (moments.m[due] != 0).all()
+    assert (moments.m[~due] == 0).all()
+
+
+@pytest.mark.parametrize("moment_format", ["bf16", "8bit"])
+def test_adam_step_rounds_rows_by_their_place(moment_format, generator) -> None:
+    weight, grad = (torch.randn(9, 8, generator=generator).to(DEVICE) for _ in range(2))
+    whole, pieces = weight.clone(), weight.clone()
+    of_whole, of_pieces = (new_moments(weight, moment_format) for _ in range(2))
+    scalars = adam_scalars(0.03, 2, weight.device)
+    adam_step_(whole, grad, of_whole, scalars)
+    for rows in (slice(0, 4), slice(4, 9)):
+        part = Moments(*(tensor[rows] for tensor in of_pieces))
+        adam_step_(pieces[rows], grad[rows], part, scalars, row=rows.start)
+    assert torch.equal(whole, pieces)
+    assert all(torch.equal(a, b) for a, b in zip(of_whole, of_pieces, strict=True))
+
+
+@needs_triton
+@each_format
+@pytest.mark.parametrize(
+    ("lazy", "with_more"), [(False, False), (True, False), (True, True)], ids=str
+)
+def test_the_kernel_is_the_torch_form(
+    moment_format: str, lazy: bool, with_more: bool, generator
+) -> None:
     """Rounded moments too: both draw the same noise. (Shadows: the interpreter truncates.)"""
     pair = [draw_dictionary(moment_format, shadow=torch.bfloat16) for _ in range(2)]
     for i in range(2):
         step = draw_step(generator)
         step[0].indices[:] = step[0].indices.clamp(max=5)  # the last latents never fire
         scalars = adam_scalars(0.02, i + 1, pair[0].W_enc.device)
+        more = draw_more(generator) if with_more else None
         for dictionary, impl in zip(pair, ("triton", "reference"), strict=True):
-            fused_update.fused_update_(dictionary, scalars, *step, lazy=lazy, impl=impl)
+            options = {"more": more, "lazy": lazy, "impl": impl}
+            fused_update.fused_update_(dictionary, scalars, *step, **options)
     by_kernel, by_torch = (list(tensors(dictionary)) for dictionary in pair)
     for ours, theirs in zip(by_kernel[:-2], by_torch[:-2], strict=True):
         assert ours.dtype == theirs.dtype
@@ -256,5 +474,40 @@ def test_errors(generator) -> None:
         op(dictionary._replace(b_enc_m=torch.zeros(3)), scalars, code, grad_x_hat, x)
     with pytest.raises(ValueError, match=r"`code.grad_pre_acts` and `indices` must have one shape"):
         op(dictionary, scalars, code._replace(grad_pre_acts=code.values[:, :1]), grad_x_hat, x)
+    with pytest.raises(
+        ValueError, match=r"`grad_x_hat` must have shape \(n=9, prefixes=2, d_out=12"
+    ):
+        op(dictionary, scalars, code, grad_x_hat, x, prefixes=[3, 10])
+    with pytest.raises(
+        ValueError, match=r"`grad_x_hat` must have shape \(n=9, d_out=12\); got \(9,"
+    ):
+        op(dictionary, scalars, code, grad_x_hat[:, None].expand(9, 2, 12), x)
+    for ends in ([], [3], [0, 10], [5, 3, 10], [3, 3, 10], [3, 11]):
+        rows = grad_x_hat[:, None].expand(9, len(ends), 12)
+        with pytest.raises(ValueError, match="`prefixes` must ascend from at least 1 to d_sae=10;"):
+            op(dictionary, scalars, code, rows, x, prefixes=ends)
+    with pytest.raises(ValueError, match="`prefixes` must ascend from at least 1 to d_sae=10; got"):
+        fused_update.sparse_gradients(code, grad_x_hat, x, 10, prefixes=[3])
+    more = draw_more(generator)
+    wrong = {
+        "latents": (more.latents[:, None], r"\(m\); got \(6, 1\)"),
+        "W_enc": (more.W_enc[:5], r"\(m=6, d_in=12\); got \(5, 12\)"),
+        "W_dec": (more.W_dec[:, :5], r"\(m=6, d_out=12\); got \(6, 5\)"),
+        "b_enc": (more.b_enc[:5], r"\(m=6\); got \(5,\)"),
+    }
+    for name, (tensor, message) in wrong.items():
+        with pytest.raises(ValueError, match=rf"`more.{name}` must have shape {message}"):
+            op(dictionary, scalars, code, grad_x_hat, x, more=more._replace(**{name: tensor}))
+    with pytest.raises(TypeError, match=r"`more\.latents` must be torch\.int64; got torch\.int32"):
+        op(dictionary, scalars, code, grad_x_hat, x, more=more._replace(latents=more.latents.int()))
+    with pytest.raises(ValueError, match=r"must share one device; got .*b_enc on meta"):
+        op(
+            dictionary,
+            scalars,
+            code,
+            grad_x_hat,
+            x,
+            more=more._replace(b_enc=more.b_enc.to("meta")),
+        )
     with pytest.raises(ValueError, match=r"`moment_format` must be one of .*; got 'fp8'"):
         new_moments(dictionary.W_enc, "fp8")  # type: ignore[arg-type]

@@ -39,6 +39,33 @@ def test_sums_over_segments(generator) -> None:
     assert segments.weighted_sums(found, weights).tolist() == [5.0, 0.0, 16.0, 0.0]
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (3, 9), (5, 5), (9, 11), (0, 0)])
+def test_some_latents_are_as_if_there_were_no_others(start, stop, ragged, generator) -> None:
+    indices, offsets = torch.randint(0, 10, (40,), generator=generator), None
+    if ragged:
+        offsets = torch.tensor([0, 5, 5, 20, 37])  # and 3 pairs of padding
+    else:
+        indices = indices.view(8, 5)
+    weights, rows = torch.randn(40, generator=generator), torch.randn(8, 3, generator=generator)
+    whole = segments.by_latent(indices, 11, offsets)
+    part = segments.of_latents(whole, start, stop)
+    assert part.offsets.numel() == stop - start + 1
+    assert part.offsets[0] == 0
+    assert part.order.numel() == part.tokens.numel() == part.latents.numel() == part.offsets[-1]
+    assert bool(((part.latents >= start) & (part.latents < stop)).all())
+    assert part.may_pad is False
+    sums = segments.weighted_row_sums(whole, weights, rows)
+    assert torch.equal(segments.weighted_row_sums(part, weights, rows), sums[start:stop])
+    sums = segments.weighted_sums(whole, weights)
+    assert torch.equal(segments.weighted_sums(part, weights), sums[start:stop])
+
+
+def test_all_latents_need_no_look_at_the_data(generator) -> None:
+    found = segments.by_latent(torch.randint(0, 9, (40, 3), generator=generator), 11)
+    assert segments.of_latents(found, 0, 11) is found
+
+
 @needs_triton
 @pytest.mark.parametrize("tile", [1, 4, 128])
 def test_a_hub_is_summed_in_tiles(tile: int, generator, monkeypatch) -> None:

@@ -107,12 +107,13 @@ def test_every_output_is_what_its_name_says(impl: str, generator) -> None:
     ends, weights = [3, 40, case.d_sae], [0.5, 2.0, 1.0]
     dense = torch.zeros(case.n, case.d_sae, dtype=torch.float64)
     dense = dense.scatter(1, code["indices"], values).requires_grad_()
-    losses = []
+    losses, x_hats = [], []
     for end in ends:
         x_hat = dense[:, :end] @ W_dec[:end] + b_dec
+        x_hats.append(x_hat)
         losses.append((x_hat - target).square().sum(1))
     total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
-    (dense_grad,) = torch.autograd.grad(total.sum(), dense)
+    dense_grad, *x_hat_grads = torch.autograd.grad(total.sum(), [dense, *x_hats])
     given = {"prefixes": ends, "prefix_weights": weights, "impl": impl}
     found = op(values, W_dec, b_dec, target, **code, **given)
     torch.testing.assert_close(found.loss, total.detach())
@@ -120,6 +121,22 @@ def test_every_output_is_what_its_name_says(impl: str, generator) -> None:
     torch.testing.assert_close(found.x_hat, x_hat.detach())
     torch.testing.assert_close(found.residual, target - x_hat.detach())
     torch.testing.assert_close(found.grad_values, dense_grad.gather(1, code["indices"]))
+    # A latent that is first held by prefix p stands in that prefix and in all longer ones.
+    suffixes = torch.stack([sum(x_hat_grads[p:]) for p in range(3)], 1)
+    torch.testing.assert_close(-2 * found.prefix_residuals, suffixes)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", pytest.param("triton", marks=needs_triton)])
+def test_one_prefix_may_have_a_weight(impl: str, generator) -> None:
+    drawn, code = draw(Case(n=3, d=5, d_sae=9, k=2), generator)
+    inputs = [tensor.float().to(DEVICE) for tensor in drawn]
+    options = {"indices": code["indices"].to(DEVICE), "impl": impl}
+    plain = everything(inputs, **options)
+    weighed = everything(inputs, **options, prefixes=[9], prefix_weights=[0.25])
+    names = [*sae_kernels.DecodeLoss._fields, "of values", "of W_dec", "of b_dec", "of target"]
+    factors = [1.0 if name in ("x_hat", "residual", "prefix_losses") else 0.25 for name in names]
+    for name, a, b, factor in zip(names, plain, weighed, factors, strict=True):
+        torch.testing.assert_close(b, factor * a, msg=name)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -171,7 +188,7 @@ def test_bitwise_reproducible(impl: str, generator) -> None:
 def test_mixed_dtypes_promote(generator) -> None:
     (values, W_dec, b_dec, target), code = draw(CASES[0], generator)
     leaves = [values.float(), W_dec.bfloat16(), b_dec.float(), target.bfloat16()]
-    loss, x_hat, residual, grad_values, _, *gradients = everything(leaves, **code)
+    loss, x_hat, residual, grad_values, _, _, *gradients = everything(leaves, **code)
     assert x_hat.dtype == residual.dtype == loss.dtype == grad_values.dtype == torch.float32
     assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in leaves]
 

@@ -14,9 +14,11 @@ from user import ROOT, clean_environment, run_sae
 import sae
 from sae.config import TrainConfig
 from sae.train.distributed import require_divisible
+from sae.train.metrics import MetricSums
 from sae.train.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
+LOSSES = ("loss", "reconstruction", "auxk")
 
 
 def free_port() -> str:
@@ -111,6 +113,74 @@ def test_accelerate_launch_on_one_and_two_processes(tiny_config: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     newest = sorted((two / "checkpoints").iterdir())[-1]
     assert len(list(newest.glob("rank_*.json"))) == 2
+
+
+HALVES = """
+import sys
+import torch
+from accelerate import Accelerator
+from step_states import inputs_of, make
+
+torch.set_num_threads(1)
+step_name, clip, k_aux, folder = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+accelerator = Accelerator(cpu=True)
+rank, world_size = accelerator.process_index, accelerator.num_processes
+x = torch.load(folder + "/x.pt")
+settings = {"coder.d_sae": 128, "coder.k_aux": k_aux, "train.dead_after_tokens": 512}
+if clip:
+    settings["train.grad_clip_norm"] = clip
+state, step = make(x, step_name, **settings)
+for i in range(20):
+    if i % 5 == 0:
+        state.dead.refresh(state.tokens_seen)
+    batch = inputs_of(state, 1, 256)[0]
+    step([batch.chunk(world_size)[rank]], 1e-3)
+    state.step = i + 1
+state.dead.refresh(state.tokens_seen)
+tensors = {name: t.detach() for name, t in state.tensors().items()}
+torch.save(tensors | state.metrics.sums, f"{folder}/{step_name}_{world_size}_{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(("clip", "k_aux"), [(0.0, 8), (0.05, 0)])
+def test_two_halves_of_a_batch_are_the_batch(
+    activations: torch.Tensor, tmp_path: Path, clip: float, k_aux: int
+):
+    """The fused step on two ranks is that on one, and autograd's; both ranks hold the same bits.
+
+    (AuxK's share is of each rank's own residual, so with it one rank is a little different.)
+    """
+    script = tmp_path / "halves.py"
+    script.write_text(HALVES)
+    torch.save(activations, tmp_path / "x.pt")
+    path = f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'train'}"
+    for step, launcher in (("fused", torchrun), ("autograd", torchrun), ("fused", alone)):
+        done = launcher(script, step, clip, k_aux, tmp_path, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+    names = ("fused_2_0", "fused_2_1", "autograd_2_0", "fused_1_0")
+    ranks = {name: torch.load(tmp_path / f"{name}.pt") for name in names}
+    assert bool(len(ranks["fused_2_0"]["dead.indices"])) == bool(k_aux)
+    for name, value in ranks["fused_2_0"].items():
+        other = ranks["fused_2_1"][name]
+        assert torch.equal(value, other) or name in MetricSums(torch.zeros(1), LOSSES).sums, name
+        for compared in ("autograd_2_0",) if k_aux else ("autograd_2_0", "fused_1_0"):
+            if name.startswith("coder"):
+                expected = ranks[compared][name]
+                torch.testing.assert_close(value, expected, rtol=0, atol=2e-4, msg=compared + name)
+    n = ranks["fused_2_0"]["n"] + ranks["fused_2_1"]["n"]
+    assert n == ranks["fused_1_0"]["n"] == 20 * 256
+
+
+def alone(script: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    arguments = (sys.executable, script, *arguments)
+    return subprocess.run(
+        list(map(str, arguments)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment(**environment),
+        timeout=240,
+    )
 
 
 UNSYNCHRONISED = """

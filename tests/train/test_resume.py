@@ -48,14 +48,25 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 12, 18, 23])
-@pytest.mark.parametrize("reuse", ["1", "3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stream.reuse", "1"],
+        ["--stream.reuse", "3", "--train.step", "autograd"],
+        ["--stream.reuse", "3", "--train.adam_moments", "8bit"],
+    ],
+    ids=["fused", "autograd", "8 bits"],
+)
 def test_stop_and_resume_is_the_uninterrupted_run(
-    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, reuse: str
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+    flags: list[str],
 ):
     """Stopped by a signal at any step: mid-cycle, at a checkpoint, between log rows."""
     import sae.train.trainer as trainer
 
-    flags = ["--stream.reuse", reuse]
     whole = run(configured(tiny_config, *flags, "--run.folder", str(tmp_path / "whole")))
     honest, sent = trainer.lr_at, []
 

@@ -1,0 +1,76 @@
+"""The training step by automatic differentiation: for every coder, on one process or many.
+
+Plain and general; `fused_step` does the same with less work for the coders that it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sae.coder import SparseCoder, normalise_decoder_, project_decoder_gradient_
+from sae.coder.latents import SparseCode
+from sae.coder.losses import LossInputs, extra_losses, reconstruction_loss
+from sae.config import Config
+from sae.train.state import TrainState
+
+
+class TrainingModule(nn.Module):
+    """The part of a step that is differentiated; what data-parallel training wraps."""
+
+    def __init__(self, coder: SparseCoder, variance: float, precision: str = "no"):
+        super().__init__()
+        self.coder, self.variance, self.is_bf16 = coder, variance, precision == "bf16"
+
+    def forward(
+        self, x: Tensor, dead_indices: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, SparseCode | Tensor]:
+        """Return the losses of x (n, d_in), "loss" being their sum; the residual; the code."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
+            code = self.coder.encode_training(x)
+            x_hat = self.coder.decode(code)
+            residual = x - x_hat
+            losses = {"reconstruction": reconstruction_loss(residual, self.variance)}
+            losses |= extra_losses(LossInputs(self.coder, x, x_hat, residual, code, dead_indices))
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, code
+
+
+class AutogradStep:
+    """Backward passes, projection, clipping, torch's Adam and renormalisation."""
+
+    def __init__(self, cfg: Config, state: TrainState, accelerator: Accelerator):
+        self.cfg, self.state, self.accelerator = cfg, state, accelerator
+        self.module = accelerator.prepare_model(
+            TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
+        )
+        self.optimizer = state.adam.optimizer(
+            state.coder, steps_done=state.step, betas=cfg.train.adam_betas
+        )
+
+    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
+        """Train on the micro-batches of one step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._accumulate_gradients(inputs)
+        coder = self.state.coder
+        project_decoder_gradient_(coder)
+        if self.cfg.train.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(coder.parameters(), self.cfg.train.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        normalise_decoder_(coder)
+
+    def _accumulate_gradients(self, inputs: Iterable[Tensor]) -> None:
+        """Add up the gradients of the micro-batches, and what the log and AuxK count."""
+        state, n_micro = self.state, self.cfg.train.grad_accumulation_steps
+        for micro, x in enumerate(inputs):
+            is_last = micro == n_micro - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                losses, residual, code = self.module(x, state.dead.indices)
+                (losses["loss"] / n_micro).backward()
+            state.metrics.update(x, residual, code, losses)
+            state.dead.update(code, state.tokens_seen + self.cfg.train.batch_tokens)

@@ -1,0 +1,89 @@
+"""Replaying a function of tensors as a CUDA graph: one launch where there were dozens.
+
+A graph repeats the same kernels on the same memory. So the function must only change tensors in
+place, never wait for the device, and take whatever varies (a learning rate, a step's number) as
+tensors that stay where they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Before the capture: kernels compile and libraries set up their workspaces in the first calls.
+EAGER_CALLS = 2
+
+
+@dataclass
+class _Recording:
+    """What belongs to one tuple of input shapes."""
+
+    inputs: tuple[Tensor, ...]  # the memory that the graph reads
+    n_calls: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class Captured:
+    """Call `function` on tensors; on a GPU from the third call with given shapes on as a graph.
+
+    All graphs share one pool of memory: they never run at the same time. Where the capture fails,
+    a warning says so and the function goes on being called as it is.
+    """
+
+    def __init__(self, function: Callable[..., None], device: torch.device):
+        self.function, self.is_off = function, device.type != "cuda"
+        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._pool = None if self.is_off else torch.cuda.graph_pool_handle()
+        self._side = None if self.is_off else torch.cuda.Stream(device)
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """Run the function once."""
+        if self.is_off:
+            self.function(*inputs)
+            return
+        recording = self._recording(inputs)
+        for kept, given in zip(recording.inputs, inputs, strict=True):
+            kept.copy_(given, non_blocking=True)
+        if recording.graph is None and recording.n_calls >= EAGER_CALLS:
+            recording.graph = self._capture(recording.inputs)
+        recording.n_calls += 1
+        if recording.graph is not None:
+            recording.graph.replay()
+        else:
+            self._run_aside(recording.inputs)
+
+    def _recording(self, inputs: tuple[Tensor, ...]) -> _Recording:
+        shapes = tuple(given.shape for given in inputs)
+        if shapes not in self._recordings:
+            self._recordings[shapes] = _Recording(tuple(map(torch.empty_like, inputs)))
+        return self._recordings[shapes]
+
+    def _run_aside(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run on another stream, as what is captured may not have run on the default one alone."""
+        assert self._side is not None
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self._side)
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+        """Record the function without running it."""
+        if self.is_off:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                self.function(*inputs)
+        except RuntimeError as error:
+            self.is_off = True
+            warnings.warn(
+                f"The training step could not be captured as a CUDA graph ({error}); it runs "
+                "uncaptured, with the same results, slower where the dictionary is small.",
+                stacklevel=2,
+            )
+            return None
+        return graph

@@ -1,0 +1,241 @@
+"""The training step that does no more than the maths needs: one matmul, one pass, one update.
+
+A step of a sparse code:
+  encode         the dense matmul with its selection, in chunks of tokens;
+  decode         x_hat, the squared error and dL/dvalues from one gather of decoder rows;
+  update         both weight gradients summed over each latent's tokens, projection, Adam,
+                 renormalisation and the 16-bit shadow, a row at a time: no gradient is stored.
+AuxK's gradients reach the update as those of a few rows. Where the gradient must exist as a tensor
+(several processes or micro-batches, clipping) it is stored, and the update reads it.
+
+With L = c Σ‖residual‖², c = 1 / (n · variance), dL/dx_hat is −2c times the residual; the factor
+goes into the code's values, which are fewer.
+
+On a GPU the step is one CUDA graph; what varies, the learning rate and the step's number, are
+tensors. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import sae_kernels
+from sae.coder import SparseCoder
+from sae.coder.activations import ACTIVATIONS
+from sae.coder.latents import SparseCode
+from sae.coder.losses import LOSSES, LossInputs, auxk_gradients
+from sae.config import Config
+from sae.train.capture import Captured
+from sae.train.distributed import mean_over_ranks
+from sae.train.state import TrainState
+from sae_kernels import AdamScalars, Code, Dictionary, Gradients, Ragged, RowGradients
+
+# A captured step knows one length of the list of dead latents: it is filled up to a power of two.
+SHORTEST_DEAD_LIST = 64
+UPDATED_BY_ROW = Gradients._fields
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One micro-batch's gradients, before they are sums over a latent's tokens.
+
+    code: with dL/dx_hat's factor in its values. grad_x_hat: (n, d_in), or (n, P, d_in) with
+    prefixes, without that factor. x: (n, d_in), less b_dec. aux: AuxK's rows. others: gradients of
+    all parameters that are not updated row by row; b_dec's lacks what comes through the encoder.
+    """
+
+    code: Code
+    grad_x_hat: Tensor
+    x: Tensor
+    aux: RowGradients | None
+    others: Mapping[str, Tensor]
+
+
+class FusedStep:
+    """The trainer's step for activations that have a `backward` (see `coder.activations`)."""
+
+    def __init__(self, cfg: Config, state: TrainState, accelerator: Accelerator):
+        self.cfg, self.state = cfg, state
+        self.row = ACTIVATIONS[cfg.coder.activation]
+        assert self.row.backward is not None, "`steps.resolve_step` chooses a coder's step"
+        self.behind = self.row.backward
+        self.prefixes = self.row.prefixes(state.coder.cfg) if self.row.prefixes else None
+        device = accelerator.device
+        coder, is_bf16 = state.coder, cfg.train.mixed_precision == "bf16"
+        # A CPU sums in float32, so 16-bit decoder rows would only be widened again there.
+        self.coder = coder.with_shadows(
+            coder.W_enc.detach().bfloat16() if is_bf16 else None,
+            coder.W_dec.detach().bfloat16() if is_bf16 and device.type == "cuda" else None,
+        )
+        self.dictionary = dictionary_of(self.coder, state)
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)  # of the step, from 1
+        self.dead = DeadList(state, is_padded=device.type == "cuda")
+        must_store = cfg.train.grad_accumulation_steps > 1 or accelerator.num_processes > 1
+        self.stores_gradients = must_store or cfg.train.grad_clip_norm is not None
+        self.captured = Captured(self._step, device)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
+        """Train on the micro-batches of one step."""
+        self.lr.fill_(lr)
+        self.number.fill_(self.state.step + 1)
+        if self.stores_gradients:
+            self._step_with_stored_gradients(inputs)
+        else:
+            (x,) = inputs
+            self.captured(x, self.dead.indices())
+
+    def _step(self, x: Tensor, dead_indices: Tensor) -> None:
+        """Train on one batch without storing a gradient."""
+        back = self._backward(x, dead_indices)
+        scalars = self._scalars()
+        b_dec_term = sae_kernels.fused_update_(
+            self.dictionary,
+            scalars,
+            back.code,
+            back.grad_x_hat,
+            back.x,
+            more=back.aux,
+            prefixes=self.prefixes.ends if self.prefixes else None,
+        )
+        back.others["b_dec"].add_(b_dec_term)
+        self._update_others(back.others, scalars)
+
+    def _step_with_stored_gradients(self, inputs: Iterable[Tensor]) -> None:
+        """Train on micro-batches: add up, average over processes, clip, update."""
+        dead_indices, total = self.dead.indices(), {}
+        for x in inputs:
+            gradients = self._stored(self._backward(x, dead_indices))
+            for name, gradient in gradients.items():
+                total[name] = total[name].add_(gradient) if name in total else gradient
+        n_micro = self.cfg.train.grad_accumulation_steps
+        total = {name: mean_over_ranks(gradient.div_(n_micro)) for name, gradient in total.items()}
+        self._clip_(total)
+        scalars = self._scalars()
+        gradients = Gradients(*(total.pop(name) for name in UPDATED_BY_ROW))
+        sae_kernels.dense_update_(self.dictionary, scalars, gradients)
+        self._update_others(total, scalars)
+
+    def _backward(self, x: Tensor, dead_indices: Tensor) -> Backward:
+        """Return the gradients of one micro-batch's mean loss, and count it for the log."""
+        coder, c = self.coder, 1 / (len(x) * self.state.calibration.variance)
+        code = coder.encode_training(x)
+        assert not isinstance(code, Tensor), "the row's `backward` promises a sparse code"
+        found = self._decode(code, x)
+        behind = self.behind(coder, code, found.grad_values * c)
+        losses, aux = {"reconstruction": found.loss.sum() * c}, None
+        given = LossInputs(coder, x, found.x_hat, found.residual, code, dead_indices)
+        for name in self.row.losses:
+            if name == "auxk":
+                losses[name], aux = auxk_gradients(given)
+            else:  # its gradient is part of `behind`
+                losses[name] = LOSSES[name](given)
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        self.state.metrics.update(x, found.residual, code, losses)
+        self.state.dead.update(code, self.number * self.cfg.train.batch_tokens)
+
+        grad_x_hat = found.residual if self.prefixes is None else found.prefix_residuals
+        wide = grad_x_hat if self.prefixes is None else grad_x_hat[:, 0]
+        offsets = code.offsets if isinstance(code, Ragged) else None
+        return Backward(
+            Code(code.values * (-2 * c), code.indices, behind.pre_acts, offsets),
+            self._for_gather(grad_x_hat),
+            self._for_gather(x - coder.b_dec),
+            aux,
+            {"b_dec": wide.sum(0) * (-2 * c), **behind.parameters},
+        )
+
+    def _decode(self, code: SparseCode, x: Tensor) -> sae_kernels.DecodeLoss:
+        coder, prefixes = self.coder, self.prefixes
+        return sae_kernels.sparse_decode_loss(
+            code.values,
+            code.indices,
+            coder.W_dec if coder.dec_shadow is None else coder.dec_shadow,
+            coder.b_dec,
+            x,
+            prefixes=prefixes.ends if prefixes else None,
+            prefix_weights=prefixes.weights if prefixes else None,
+            offsets=code.offsets if isinstance(code, Ragged) else None,
+        )
+
+    def _for_gather(self, rows: Tensor) -> Tensor:
+        """Return rows in the dtype that the weight gradients' gathers read."""
+        return rows if self.coder.dec_shadow is None else rows.to(self.coder.dec_shadow.dtype)
+
+    def _stored(self, back: Backward) -> dict[str, Tensor]:
+        """Return a micro-batch's gradients by parameter name."""
+        ends = self.prefixes.ends if self.prefixes else None
+        d_sae = self.coder.d_sae
+        sums = sae_kernels.sparse_gradients(
+            back.code, back.grad_x_hat, back.x, d_sae, prefixes=ends
+        )
+        back.others["b_dec"].sub_(sums.b_enc @ self.coder.W_enc)
+        if back.aux is not None:
+            rows = back.aux.latents.clamp(max=d_sae - 1)  # padding adds zeros there
+            for total, gradient in zip(sums, back.aux[1:], strict=True):
+                total.index_add_(0, rows, gradient)
+        return {**sums._asdict(), **back.others}
+
+    def _clip_(self, gradients: dict[str, Tensor]) -> None:
+        """Scale all gradients down to the largest norm allowed, W_dec's as it will be projected."""
+        most = self.cfg.train.grad_clip_norm
+        if most is None:
+            return
+        W_dec, grad = self.coder.W_dec, gradients["W_dec"]
+        grad.addcmul_(torch.linalg.vecdot(grad, W_dec)[:, None], W_dec, value=-1)
+        norms = torch.stack([gradient.norm() for gradient in gradients.values()])
+        factor = (most / (norms.norm() + 1e-6)).clamp(max=1.0)
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+
+    def _update_others(self, gradients: Mapping[str, Tensor], scalars: AdamScalars) -> None:
+        for name, gradient in gradients.items():
+            parameter = self.coder.get_parameter(name).detach()
+            sae_kernels.adam_step_(parameter, gradient, self.state.adam.moments[name], scalars)
+
+    def _scalars(self) -> AdamScalars:
+        beta1, beta2 = self.cfg.train.adam_betas
+        return sae_kernels.adam_scalars(
+            self.lr, self.number, self.lr.device, beta1=beta1, beta2=beta2
+        )
+
+
+class DeadList:
+    """The list of dead latents that AuxK trains, in a few lengths: a graph is made for each."""
+
+    def __init__(self, state: TrainState, *, is_padded: bool):
+        self.state, self.is_padded = state, is_padded
+        self._made_from, self._padded = None, state.dead.indices
+
+    def indices(self) -> Tensor:
+        """Return the list, filled up with d_sae; the same tensor until the list is made anew."""
+        listed = self.state.dead.indices
+        if listed is not self._made_from:
+            self._made_from, n_rows = listed, listed.numel()
+            if self.is_padded and n_rows:
+                n_rows = max(SHORTEST_DEAD_LIST, 1 << (n_rows - 1).bit_length())
+            self._padded = listed.new_full((n_rows,), self.state.coder.d_sae)
+            self._padded[: listed.numel()] = listed
+        return self._padded
+
+
+def dictionary_of(coder: SparseCoder, state: TrainState) -> Dictionary:
+    """Return the tensors that the update writes, as views of the coder's and of Adam's."""
+    moments = state.adam.moments
+    return Dictionary(
+        coder.W_enc.detach(),
+        coder.W_dec.detach(),
+        coder.b_enc.detach(),
+        moments["W_enc"],
+        moments["W_dec"],
+        moments["b_enc"].m,
+        moments["b_enc"].v,
+        coder.enc_shadow,
+        coder.dec_shadow,
+    )

@@ -1,0 +1,74 @@
+"""Which training step trains a coder: the fused one where it can, else automatic differentiation.
+
+Both take the same state one step further and agree to rounding. A third would be a class with
+`Step`'s call and a row in STEPS.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from sae.coder.activations import ACTIVATIONS
+from sae.config import Config
+from sae.train.autograd_step import AutogradStep
+from sae.train.distributed import is_first_process
+from sae.train.fused_step import FusedStep
+from sae.train.state import TrainState
+
+
+class Step(Protocol):
+    """One optimiser step: gradients, update, and what the log and the dead list count."""
+
+    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
+        """Train on this process's micro-batches, each (n, d_in) float32 in training units."""
+        ...
+
+
+STEPS: dict[str, Callable[[Config, TrainState, Accelerator], Step]] = {
+    "fused": FusedStep,
+    "autograd": AutogradStep,
+}
+
+
+def make_step(cfg: Config, state: TrainState, accelerator: Accelerator) -> Step:
+    """Return the step that the resolved `cfg` names, over `state` as it stands (loaded, if so)."""
+    return STEPS[resolve_step(cfg).train.step](cfg, state, accelerator)
+
+
+def resolve_step(cfg: Config) -> Config:
+    """Return `cfg` with `train.step` chosen; warn where auto could not choose the fused one.
+
+    Errors: ValueError where the fused step is asked for, or needed, and cannot train the coder.
+    """
+    asked, obstacle = cfg.train.step, _obstacle(cfg)
+    if asked == "auto":
+        if obstacle and cfg.train.adam_moments == "fp32" and is_first_process():
+            warnings.warn(
+                f"The fused training step does not train {obstacle}; falling back to autograd, "
+                "which is slower. Set `train.step: autograd` to say so yourself.",
+                stacklevel=2,
+            )
+        asked = "autograd" if obstacle and cfg.train.adam_moments == "fp32" else "fused"
+    if asked == "fused" and obstacle:
+        wanted = "train.step: fused"
+        if cfg.train.step == "auto":
+            wanted = f"train.adam_moments: {cfg.train.adam_moments}"
+        raise ValueError(
+            f"`{wanted}` needs a coder that the fused step trains; got {obstacle}. Set "
+            "`train.step: autograd` and `train.adam_moments: fp32`, or choose one of "
+            f"{', '.join(name for name, row in ACTIVATIONS.items() if row.backward)}."
+        )
+    return replace(cfg, train=replace(cfg.train, step=asked))
+
+
+def _obstacle(cfg: Config) -> str | None:
+    """Return the setting that the fused step cannot train with, or None."""
+    if ACTIVATIONS[cfg.coder.activation].backward is None:
+        return f"`coder.activation: {cfg.coder.activation}`"
+    return None

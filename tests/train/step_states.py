@@ -1,0 +1,59 @@
+"""Training states and steps at a toy size, for the tests of the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sae.config import Config
+from sae.configuration import from_flat
+from sae.stream.arrays import open_source
+from sae.train.run import resolve
+from sae.train.state import TrainState
+from sae.train.steps import Step, make_step
+from sae.train.trainer import make_state
+
+D_IN, BATCH = 16, 256
+SMALL = {"coder.d_sae": 64, "coder.k": 4, "coder.k_aux": 8, "train.dead_after_tokens": 2048}
+
+
+def resolved(settings: dict[str, Any]) -> Config:
+    """Return the resolved configuration of a toy run with `settings`, by dotted key."""
+    flat = {**SMALL, "train.tokens": 400 * BATCH, "train.batch_tokens": BATCH, **settings}
+    return resolve(from_flat(flat, Config()), D_IN, None, torch.device("cpu"))
+
+
+def make(
+    activations: Tensor, step: str, *, cpu: bool = True, **settings: Any
+) -> tuple[TrainState, Step]:
+    """Return a state before its first step, and the step."""
+    cfg = resolved({"train.step": step, **settings})
+    accelerator = Accelerator(cpu=cpu)
+    source = open_source(activations, seed=0, rank=0, world_size=1)
+    state = make_state(cfg, source, accelerator)
+    return state, make_step(cfg, state, accelerator)
+
+
+def inputs_of(state: TrainState, n_micro: int, n_tokens: int) -> list[Tensor]:
+    """Return the next micro-batches, in training units."""
+    scale, device = state.calibration.scale, state.coder.W_enc.device
+    return [state.source.next_batch(n_tokens).to(device).float() * scale for _ in range(n_micro)]
+
+
+def train(
+    activations: Tensor, step: str, n_steps: int, **settings: Any
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Return the state after `n_steps`, and a row of metrics a step."""
+    state, run = make(activations, step, **settings)
+    n_micro, rows = settings.get("train.grad_accumulation_steps", 1), []
+    for i in range(n_steps):
+        if i % 5 == 0:
+            state.dead.refresh(state.tokens_seen)
+        run(inputs_of(state, n_micro, BATCH // n_micro), 1e-3 * min(1.0, (i + 1) / 10))
+        state.step += 1
+        rows.append({**state.metrics.compute(), "n_dead": state.dead.indices.numel()})
+        state.metrics.clear()
+    return state, rows

@@ -1,0 +1,100 @@
+"""What a captured function does, call by call, with stand-ins for CUDA's graphs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.train.capture import EAGER_CALLS, Captured
+
+
+class Graphs:
+    """Stands in for torch.cuda: while capturing, what is called does not happen until replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False):
+        self.n_captures = self.n_replays = 0
+        self.is_capturing = False
+        outer = self
+
+        class Graph:
+            def replay(self) -> None:
+                outer.n_replays += 1
+                self.again()
+
+        @contextmanager
+        def capturing(graph, pool):
+            assert pool == "pool"
+            outer.is_capturing, outer.current = True, graph
+            outer.n_captures += 1
+            yield
+            outer.is_capturing = False
+            if fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        for name, stand_in in {
+            "CUDAGraph": Graph,
+            "graph": capturing,
+            "graph_pool_handle": lambda: "pool",
+            "Stream": lambda _: stream,
+            "stream": lambda _: nullcontext(),
+            "current_stream": lambda: stream,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def function(self, total: Tensor):
+        """Return a function that adds its input to `total` when it really runs."""
+
+        def add(x: Tensor, y: Tensor) -> None:
+            def run() -> None:
+                total.add_(x.sum() + y.sum())
+
+            if self.is_capturing:
+                self.current.again = run
+            else:
+                run()
+
+        return add
+
+
+def calls() -> list[tuple[Tensor, Tensor]]:
+    """Inputs of two kinds of shape, in turns."""
+    return [(torch.full((3,), float(i)), torch.ones(i % 2, 2)) for i in range(1, 13)]
+
+
+def test_each_call_happens_once_on_its_own_inputs(monkeypatch: pytest.MonkeyPatch):
+    graphs, total = Graphs(monkeypatch), torch.zeros(())
+    captured = Captured(graphs.function(total), torch.device("cuda"))
+    expected = 0.0
+    for x, y in calls():
+        captured(x, y)
+        expected += float(x.sum() + y.sum())
+        assert float(total) == expected
+    assert graphs.n_captures == 2  # one a kind of shape
+    assert graphs.n_replays == 12 - 2 * EAGER_CALLS
+
+
+def test_a_failed_capture_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch):
+    graphs, total = Graphs(monkeypatch, fails=True), torch.zeros(())
+    captured = Captured(graphs.function(total), torch.device("cuda"))
+
+    def call_all() -> None:
+        for x, y in calls():
+            captured(x, y)
+
+    with pytest.warns(UserWarning, match=r"could not be captured .*not permitted") as warned:
+        call_all()
+    assert len(warned) == graphs.n_captures == 1
+    assert float(total) == sum(float(x.sum() + y.sum()) for x, y in calls())
+
+
+def test_on_a_cpu_it_is_a_plain_call():
+    total = torch.zeros(())
+    captured = Captured(lambda x: total.add_(x.sum()), torch.device("cpu"))
+    for _ in range(5):
+        captured(torch.ones(2))
+    assert float(total) == 10

@@ -12,7 +12,7 @@ from .batch_selection import batch_topk, batch_topk_reference
 from .checks import set_debug
 from .decode import sparse_decode, sparse_decode_reference
 from .decode_loss import DecodeLoss, sparse_decode_loss, sparse_decode_loss_reference
-from .encode import encode_topk, encode_topk_reference
+from .encode import encode_topk, encode_topk_reference, new_scratch
 from .encoder_grad import sparse_encoder_grad, sparse_encoder_grad_reference
 from .fused_update import (
     AdamScalars,
@@ -45,6 +45,7 @@ __all__ = [
     "topk_by_groups",
     # the coder
     "encode_topk",
+    "new_scratch",
     "sparse_decode",
     "sparse_decode_loss",
     "sparse_encoder_grad",

@@ -44,9 +44,9 @@ from .segments import (
     launch_segment_sums,
     launch_tile_sums,
     of_latents,
+    sorted_row_sums,
+    sorted_sums,
     sum_segment,
-    weighted_row_sums,
-    weighted_sums,
 )
 
 WIDEST_ROW = 16384  # a program holds whole rows, for their norms
@@ -410,14 +410,17 @@ def _gradients_by_block(
     of_prefixes = _rows_of_prefixes(segments, ends)
     # embedding_bag on a CPU sums in the dtype of its rows.
     grad_rows, x = grad_rows.float().contiguous(), x.float().contiguous()
-    values, grad_pre_acts = code.values.float(), code.grad_pre_acts.float()
+    values, grad_pre_acts = (
+        part.reshape(-1)[segments.order].float() for part in (code.values, code.grad_pre_acts)
+    )
 
     def gradients_of(start: int, stop: int) -> Gradients:
-        encoder = of_latents(segments, start, stop)
+        encoder, pairs = of_latents(segments, start, stop)
+        decoder, _ = of_latents(of_prefixes, start, stop)
         return Gradients(
-            weighted_row_sums(encoder, grad_pre_acts, x),
-            weighted_row_sums(of_latents(of_prefixes, start, stop), values, grad_rows),
-            weighted_sums(encoder, grad_pre_acts),
+            sorted_row_sums(encoder, grad_pre_acts[pairs], x),
+            sorted_row_sums(decoder, values[pairs], grad_rows),
+            sorted_sums(encoder, grad_pre_acts[pairs]),
         )
 
     return gradients_of

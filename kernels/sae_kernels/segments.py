@@ -265,18 +265,19 @@ def warps_for(width: int, dtype: torch.dtype) -> int:
     return max(1, width * dtype.itemsize // 512)
 
 
-def of_latents(segments: Segments, start: int, stop: int) -> Segments:
-    """Return the segments of the latents in [start, stop) as if there were no others.
+def of_latents(segments: Segments, start: int, stop: int) -> tuple[Segments, slice]:
+    """Return the segments of the latents in [start, stop) as if there were no others, and which of
+    the sorted pairs they are.
 
     All of them are returned as they are; some need their bounds on the host.
     """
     if (start, stop) == (0, segments.offsets.numel() - 1):
-        return segments
+        return segments, slice(None)
     offsets = segments.offsets[start : stop + 1]
     first = int(offsets[0])
     pairs = slice(first, int(offsets[-1]))
-    lists = (part[pairs] for part in (segments.order, segments.tokens, segments.latents))
-    return Segments(*lists, offsets - first, False)
+    order, tokens, latents = segments.order, segments.tokens, segments.latents
+    return Segments(order[pairs], tokens[pairs], latents[pairs], offsets - first, False), pairs
 
 
 def weighted_row_sums(segments: Segments, weights: Tensor, rows: Tensor) -> Tensor:
@@ -285,27 +286,35 @@ def weighted_row_sums(segments: Segments, weights: Tensor, rows: Tensor) -> Tens
     `weights` has one element a pair, unsorted, and `rows` (n, d) shares its dtype. Latents without
     pairs get zero rows.
     """
-    d_sae = segments.offsets.numel() - 1
+    return sorted_row_sums(segments, weights.reshape(-1)[segments.order], rows)
+
+
+def sorted_row_sums(segments: Segments, weights: Tensor, rows: Tensor) -> Tensor:
+    """As `weighted_row_sums`, of weights that are sorted by latent already."""
     if not (segments.order.numel() and rows.shape[0]):
-        return rows.new_zeros(d_sae, rows.shape[1])
+        return rows.new_zeros(segments.offsets.numel() - 1, rows.shape[1])
     # A bag behind the last latent's takes a ragged code's padding.
     sums = F.embedding_bag(
         segments.tokens.clamp(max=rows.shape[0] - 1) if segments.may_pad else segments.tokens,
         rows,
         segments.offsets,
-        per_sample_weights=weights.reshape(-1)[segments.order],
+        per_sample_weights=weights,
         mode="sum",
         include_last_offset=not segments.may_pad,
     )
-    return sums[:d_sae]
+    return sums[: segments.offsets.numel() - 1]
 
 
 def weighted_sums(segments: Segments, weights: Tensor) -> Tensor:
     """Return (d_sae,): for each latent, the sum of the `weights` of its pairs."""
+    return sorted_sums(segments, weights.reshape(-1)[segments.order])
+
+
+def sorted_sums(segments: Segments, weights: Tensor) -> Tensor:
+    """As `weighted_sums`, of weights that are sorted by latent already."""
     if not segments.order.numel():
         return weights.new_zeros(segments.offsets.numel() - 1)
-    sorted_weights = weights.reshape(-1)[segments.order]
-    return torch.segment_reduce(sorted_weights, "sum", offsets=segments.offsets, unsafe=True)
+    return torch.segment_reduce(weights, "sum", offsets=segments.offsets, unsafe=True)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

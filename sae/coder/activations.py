@@ -66,7 +66,13 @@ def encode_topk(coder: SparseCoder, x: Tensor) -> Latents:
     Source: Gao et al. 2024 (arXiv 2406.04093), eq. 1, with a ReLU after the selection.
     """
     values, indices = sae_kernels.encode_topk(
-        x, coder.W_enc, coder.b_enc, coder.b_dec, k=coder.cfg.k, shadow=coder.enc_shadow
+        x,
+        coder.W_enc,
+        coder.b_enc,
+        coder.b_dec,
+        k=coder.cfg.k,
+        shadow=coder.enc_shadow,
+        scratch=coder.scratch,
     )
     return Latents(values, indices)
 

@@ -30,11 +30,13 @@ class SparseCoder(nn.Module):
         metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
         W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in).
         enc_shadow, dec_shadow: 16-bit copies of the weights for the fused step's matmuls and
-            gathers; None everywhere but in what `with_shadows` returns.
+            gathers. scratch: memory for a chunk of pre-activations. All are None everywhere but in
+            what `with_memory` returns.
     """
 
     enc_shadow: Tensor | None = None
     dec_shadow: Tensor | None = None
+    scratch: Tensor | None = None
 
     def __init__(self, d_in: int, cfg: CoderConfig, metadata: dict[str, object] | None = None):
         super().__init__()
@@ -67,11 +69,14 @@ class SparseCoder(nn.Module):
             coder.W_enc.copy_(coder.W_dec)
         return coder
 
-    def with_shadows(self, enc_shadow: Tensor | None, dec_shadow: Tensor | None) -> SparseCoder:
-        """Return this coder, sharing its parameters, with 16-bit copies of its weights at hand."""
-        shadowed = copy.copy(self)
-        shadowed.enc_shadow, shadowed.dec_shadow = enc_shadow, dec_shadow
-        return shadowed
+    def with_memory(
+        self, enc_shadow: Tensor | None, dec_shadow: Tensor | None, scratch: Tensor | None
+    ) -> SparseCoder:
+        """Return this coder, sharing its parameters, with memory that a fused step keeps."""
+        furnished = copy.copy(self)
+        furnished.enc_shadow, furnished.dec_shadow = enc_shadow, dec_shadow
+        furnished.scratch = scratch
+        return furnished
 
     def encode_training(self, x: Tensor) -> SparseCode | Tensor:
         """Return the code of `x` (n, d_in) in the form that is cheapest to train through."""

@@ -67,10 +67,15 @@ class FusedStep:
         self.prefixes = self.row.prefixes(state.coder.cfg) if self.row.prefixes else None
         device = accelerator.device
         coder, is_bf16 = state.coder, cfg.train.mixed_precision == "bf16"
-        # A CPU sums in float32, so 16-bit decoder rows would only be widened again there.
-        self.coder = coder.with_shadows(
+        # A CPU sums in float32, so 16-bit decoder rows would only be widened again there; and it
+        # gives memory back that a GPU's allocator keeps, for a page fault in every 4 KiB.
+        parts = accelerator.num_processes * cfg.train.grad_accumulation_steps
+        dtype = torch.bfloat16 if is_bf16 else coder.W_enc.dtype
+        scratch = cfg.train.batch_tokens // parts, coder.d_sae, dtype, device
+        self.coder = coder.with_memory(
             coder.W_enc.detach().bfloat16() if is_bf16 else None,
-            coder.W_dec.detach().bfloat16() if is_bf16 and device.type == "cuda" else None,
+            coder.W_dec.detach().bfloat16() if is_bf16 and device.type != "cpu" else None,
+            sae_kernels.new_scratch(*scratch) if device.type == "cpu" else None,
         )
         self.dictionary = dictionary_of(self.coder, state)
         self.lr = torch.zeros((), dtype=torch.float64, device=device)

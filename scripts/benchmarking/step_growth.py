@@ -107,8 +107,8 @@ def _cells(point: dict[str, Any]) -> list[str]:
 def draw(document: dict[str, Any], path: Path) -> bool:
     """Draw three panels, axes logarithmic; return False where matplotlib is not installed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore
+        from matplotlib.figure import Figure  # pyright: ignore
     except ImportError:
         return False
     figure = Figure(figsize=(11, 3.8), layout="constrained")

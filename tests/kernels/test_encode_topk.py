@@ -148,16 +148,21 @@ def test_indices_are_not_differentiable(generator) -> None:
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest number of elements that any op returned while it was on."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Tensor | None) -> None:
         super().__init__()
+        self.given = given
         self.numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for leaf in torch.utils._pytree.tree_leaves(found):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not same_memory(leaf, self.given):
                 self.numel = max(self.numel, leaf.numel())
         return found
+
+
+def same_memory(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def step(inputs: list[Tensor], W_dec: Tensor, **options) -> None:
@@ -179,7 +184,7 @@ def largest_in_step(monkeypatch, **options) -> int:
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.library.CustomOpDef):  # type: ignore[attr-defined]
                 monkeypatch.setattr(module, name, value._init_fn)
-    with LargestTensor() as seen:
+    with LargestTensor(options.get("scratch")) as seen:
         step(inputs, W_dec, **options)
     return seen.numel
 
@@ -195,11 +200,49 @@ def test_memory_is_bounded(monkeypatch) -> None:
     assert largest_in_step(monkeypatch) <= max(weights, chunk)
     shadow = torch.zeros(d_sae, d, dtype=torch.bfloat16)
     assert largest_in_step(monkeypatch, shadow=shadow, chunk_tokens=8) <= max(weights, chunk)
+    # Where the caller keeps the chunk, none is made.
+    monkeypatch.setattr(encode, "CPU_BUFFER_BYTES", n * d_sae * 4)
+    assert largest_in_step(monkeypatch) == n * d_sae
+    scratch = encode.new_scratch(n, d_sae, torch.float32, torch.device("cpu"))
+    assert scratch.shape == (n, d_sae)
+    assert largest_in_step(monkeypatch, scratch=scratch) < n * d_sae
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3, 50])
+@pytest.mark.parametrize("n_kept", [1, 7, 30, 99])
+def test_scratch_changes_nothing_but_itself(n_kept: int, chunk_tokens, generator) -> None:
+    inputs = [t.float() for t in draw(Case(30, 16, 400, 5), generator)]
+    scratch = torch.full((n_kept, 400), torch.nan)
+    given = [t.clone() for t in inputs]
+    op = partial(values_in_fixed_order, chosen=[], k=5)
+    expected = outputs_and_gradients(op, inputs)
+    found = outputs_and_gradients(partial(op, scratch=scratch, chunk_tokens=chunk_tokens), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, given, strict=True))
+    used = scratch.isfinite().all(1)
+    assert used.sum() == min(n_kept, chunk_tokens or n_kept, 30)
+
+
+def test_scratch_has_the_dtype_of_the_matmul(generator) -> None:
+    inputs = [t.float() for t in draw(Case(30, 16, 400, 5), generator)]
+    half = encode.new_scratch(30, 400, torch.bfloat16, torch.device("cpu"))
+    op = partial(sae_kernels.encode_topk, *inputs, k=5)
+    expected, _ = op(shadow=inputs[1].bfloat16())
+    assert torch.equal(op(shadow=inputs[1].bfloat16(), scratch=half)[0], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op(scratch=half)[0], op()[0])
+    wrong = r"`scratch` must be contiguous, of at least one row and torch.float32.*new_scratch"
+    for scratch in (half, half.float()[:0], torch.zeros(400, 30).T):
+        with pytest.raises(ValueError, match=wrong):
+            op(scratch=scratch)
+    with pytest.raises(ValueError, match="`scratch` must have shape"):
+        op(scratch=torch.zeros(30, 401))
 
 
 def test_chunks_are_balanced_and_within_the_bound() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert encode._chunk_tokens(4096, 4608, torch.float32, cpu) == 2048
+    assert encode._chunk_tokens(4096, 32_768, torch.float32, cpu) == 2048
     assert encode._chunk_tokens(8192, 131_072, torch.bfloat16, gpu) == 8192
     assert encode._chunk_tokens(10, 2**30, torch.float32, cpu) == 1
     assert encode._chunk_tokens(0, 4608, torch.float32, cpu) == 1
@@ -361,6 +404,8 @@ def test_opcheck(with_triton: bool, generator) -> None:
     ]:
         options = 3, True, 4, dtype, with_triton
         torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options))
+        scratch = torch.empty(4, 30, dtype=dtype, device=DEVICE)
+        torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options, scratch))
 
 
 @ignore_dynamo_deprecation

@@ -49,21 +49,25 @@ def test_some_latents_are_as_if_there_were_no_others(start, stop, ragged, genera
         indices = indices.view(8, 5)
     weights, rows = torch.randn(40, generator=generator), torch.randn(8, 3, generator=generator)
     whole = segments.by_latent(indices, 11, offsets)
-    part = segments.of_latents(whole, start, stop)
+    part, pairs = segments.of_latents(whole, start, stop)
     assert part.offsets.numel() == stop - start + 1
     assert part.offsets[0] == 0
     assert part.order.numel() == part.tokens.numel() == part.latents.numel() == part.offsets[-1]
     assert bool(((part.latents >= start) & (part.latents < stop)).all())
     assert part.may_pad is False
+    ordered = weights[whole.order][pairs]
     sums = segments.weighted_row_sums(whole, weights, rows)
-    assert torch.equal(segments.weighted_row_sums(part, weights, rows), sums[start:stop])
+    assert torch.equal(segments.sorted_row_sums(part, ordered, rows), sums[start:stop])
     sums = segments.weighted_sums(whole, weights)
-    assert torch.equal(segments.weighted_sums(part, weights), sums[start:stop])
+    assert torch.equal(segments.sorted_sums(part, ordered), sums[start:stop])
+    assert torch.equal(whole.order[pairs], part.order)
 
 
 def test_all_latents_need_no_look_at_the_data(generator) -> None:
     found = segments.by_latent(torch.randint(0, 9, (40, 3), generator=generator), 11)
-    assert segments.of_latents(found, 0, 11) is found
+    part, pairs = segments.of_latents(found, 0, 11)
+    assert part is found
+    assert pairs == slice(None)
 
 
 @needs_triton

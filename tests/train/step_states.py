@@ -57,3 +57,13 @@ def train(
         rows.append({**state.metrics.compute(), "n_dead": state.dead.indices.numel()})
         state.metrics.clear()
     return state, rows
+
+
+@torch.no_grad()
+def copy_training_(target: TrainState, source: TrainState) -> None:
+    """Give `target` the parameters, the moments and the counts of `source`, in place."""
+    for name, parameter in target.coder.named_parameters():
+        parameter.copy_(source.coder.get_parameter(name))
+    for name, moment in target.adam.tensors().items():
+        moment.copy_(source.adam.tensors()[name])
+    target.dead.last_fired_at.copy_(source.dead.last_fired_at)

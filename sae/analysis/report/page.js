@@ -80,6 +80,13 @@ function bindLatents(data) {
       ? `${group(data.d_sae)} latents` : `${group(found.length)} of ${group(data.d_sae)}`;
   }
 
+  /** Search for what was typed, at once: keys act on what it finds. */
+  function settle() {
+    clearTimeout(waiting);
+    if (waiting) refresh();
+    waiting = 0;
+  }
+
   function follow() {
     const latent = latentInAddress(data);
     if (latent === null) {
@@ -95,7 +102,7 @@ function bindLatents(data) {
   let waiting = 0;
   $("search").addEventListener("input", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(refresh, 90);
+    waiting = setTimeout(settle, 90);
   });
   $("scope").addEventListener("change", refresh);
   $("sort").addEventListener("change", refresh);
@@ -110,7 +117,7 @@ function bindLatents(data) {
     open(latent, true);
   });
   addEventListener("hashchange", follow);
-  bindKeys({ list, open, back, isNarrow });
+  bindKeys({ list, open, back, settle, isNarrow });
   bindTip($("card"), $("tip"));
   refresh();
   if (latentInAddress(data) !== null) follow();
@@ -135,7 +142,7 @@ function isExplorerInSight() {
   return box.top < innerHeight / 2 && box.bottom > innerHeight / 3;
 }
 
-function bindKeys({ list, open, back, isNarrow }) {
+function bindKeys({ list, open, back, settle, isNarrow }) {
   const takesArrows = (target) =>
     target === $("search") || $("list").contains(target) ||
     (!/^(INPUT|SELECT|SUMMARY|BUTTON|A)$/.test(target.tagName) && isExplorerInSight());
@@ -144,6 +151,7 @@ function bindKeys({ list, open, back, isNarrow }) {
   function step(event, by) {
     if (!takesArrows(event.target)) return;
     event.preventDefault();
+    settle();
     const latent = list.move(by);
     if (!isNarrow.matches) open(latent, false);
   }
@@ -158,7 +166,9 @@ function bindKeys({ list, open, back, isNarrow }) {
     ArrowDown: (event) => step(event, 1),
     ArrowUp: (event) => step(event, -1),
     Enter: (event) => {
-      if (takesEnter(event.target)) open(list.activeLatent ?? list.move(0), true);
+      if (!takesEnter(event.target)) return;
+      settle();
+      open(list.activeLatent ?? list.move(0), true);
     },
     Escape: () => {
       if (document.activeElement === $("search")) $("search").blur();

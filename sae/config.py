@@ -11,6 +11,7 @@ line lives in `sae.configuration`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,11 +54,28 @@ class ModelConfig:
 
     hookpoint: str = ""
     """Module path whose activations are read, such as `model.layers.8`; `*` globs; `:in` or `:out`
-    names the side (default out). Exactly one module must match."""
+    names the side (default out); commas separate several. Training one dictionary needs exactly
+    one module."""
+
+    other: str | None = None
+    """A second model that reads the same tokens, at the same hookpoints, for comparing the two; it
+    must have the same tokenizer."""
 
     dtype: DtypeName = "auto"
     """Precision of the model's weights; auto: bfloat16 where the device multiplies it natively,
     else float32."""
+
+    device: str = "auto"
+    """Device of the models: cpu, cuda or cuda:1; auto: beside the coder."""
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "model.device",
+            "must be auto, cpu, cuda or cuda:N",
+            self.device,
+            "Use auto.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +136,22 @@ class StreamConfig:
     """The shuffle buffer between the language model and the coder."""
 
     buffer_tokens: int | None = None
-    """Activations held by the shuffle buffer, in tokens a process; None: the larger of 131,072 and
+    """Activations held by the shuffle buffer, in tokens a lane; None: the larger of 131,072 and
     64 contexts."""
+
+    lanes: int | None = None
+    """Parts that the text is divided into, each with its own buffer; None: one a process. A run can
+    be continued on any number of processes that divides it."""
 
     reuse: int = 1
     """Times each activation is handed out before it is replaced: 1 streams, more makes passes."""
 
     refill_fraction: float = 0.5
     """Share of the buffer replaced at a refill, in (0, 1]; 1 alternates whole buffers."""
+
+    refill: Literal["auto", "inline", "thread"] = "auto"
+    """Who refills the buffer: the trainer between two cycles, or a thread meanwhile; auto: a thread
+    where there is a GPU. Batches are the same."""
 
     sequences_per_forward: int = 16
     """Contexts in one forward pass of the language model."""
@@ -149,6 +175,7 @@ class StreamConfig:
             "stream",
             self,
             "buffer_tokens",
+            "lanes",
             "reuse",
             "sequences_per_forward",
             "calibration_sequences",

@@ -73,14 +73,26 @@ def find_hookpoint(module: nn.Module, pattern: str) -> Hookpoint:
     return found[0]
 
 
+def find_hookpoints_of(module: nn.Module, patterns: str) -> list[Hookpoint]:
+    """Return the hookpoints of several patterns, separated by commas, in the order they are given.
+
+    Raises ValueError as `find_hookpoints` does.
+    """
+    names = [pattern.strip() for pattern in patterns.split(",")]
+    found = [hookpoint for name in names for hookpoint in find_hookpoints(module, name)]
+    return list(dict.fromkeys(found))
+
+
 @torch.no_grad()
 def capture(
     module: nn.Module, hookpoints: Sequence[Hookpoint], tokens: Tensor
 ) -> dict[Hookpoint, Tensor]:
     """Run `module` on `tokens` (b, t) and return each hookpoint's activations, (b, t, d).
 
-    The activations keep the model's dtype and device. The forward ends as soon as all hookpoints
-    were seen; of a module that runs several times, the first run counts. No hook outlives the call.
+    The activations keep the model's dtype and device, and are not copied; a later module that
+    works in place would change them. Attention heads, (b, t, heads, d_head), come concatenated. The
+    forward ends as soon as all hookpoints were seen; of a module that runs several times, the first
+    run counts. No hook outlives the call.
     Raises RuntimeError where a module never ran, ValueError where what it gives is not (b, t, d).
     """
     captured: dict[Hookpoint, Tensor] = {}
@@ -203,9 +215,14 @@ def _require_all(captured: Mapping[Hookpoint, Tensor], hookpoints: Sequence[Hook
 
 
 def _as_sequences(activation: Tensor, b: int, t: int, hookpoint: Hookpoint) -> Tensor:
-    """Return the activation as (b, t, d); modules that see flattened tokens give (b·t, d)."""
+    """Return the activation as (b, t, d).
+
+    Modules that see flattened tokens give (b·t, d), those that see heads (b, t, heads, d_head).
+    """
     if activation.ndim == 2 and activation.shape[0] == b * t:
         return activation.reshape(b, t, -1)
+    if activation.ndim == 4 and activation.shape[:2] == (b, t):
+        return activation.flatten(2)
     if activation.ndim != 3 or activation.shape[:2] != (b, t):
         raise ValueError(
             f"Activations must have the shape (b, t, d) = ({b}, {t}, d); `{hookpoint}` gives "

@@ -72,6 +72,14 @@ def load_language_model(cfg: ModelConfig, device: torch.device | str) -> Languag
     return LanguageModel(module, tokenizer, cfg.name)
 
 
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `cfg.name` names, without weights; errors as for the model."""
+    place = _locate(cfg.name)
+    is_on_hub = isinstance(place, str)
+    with quiet_transformers(show_progress=False), _clear_errors(cfg.name):
+        return _load_tokenizer(place, cfg.revision if is_on_hub else None)
+
+
 def model_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights; auto is bfloat16 where `device` multiplies it natively."""
     if name == "auto":

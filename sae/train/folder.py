@@ -58,6 +58,13 @@ def require_same(folder: Path, cfg: Config) -> None:
         )
 
 
+def saved_lanes(folder: Path) -> int | None:
+    """Return the lanes that a folder's run divides its text into; None where there is no run."""
+    if holds_no_result(folder):
+        return None
+    return read_run_config(folder).stream.lanes
+
+
 def write_run_files(folder: Path, cfg: Config, device: torch.device, n_processes: int) -> None:
     """Write `config.yaml` and `env.json`."""
     write_text(folder / CONFIG_FILE, to_yaml(cfg))

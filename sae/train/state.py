@@ -1,15 +1,16 @@
 """Everything of a run that must survive a kill, in one place.
 
 `scalars` and `tensors` are the same on every process and written once; `own_tensors` and the
-source's state are each process's own.
+source's lanes are each process's own, and can be divided among another number of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder, to_raw_units
@@ -17,6 +18,8 @@ from sae.stream.source import ActivationSource
 from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
 from sae.train.metrics import MetricSums
+
+LAST_FIRED = "dead.last_fired_at"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,23 @@ class TrainState:
         """Return this process's counts since the processes last added them up; live tensors."""
         return {
             **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
-            "dead.last_fired_at": self.dead.last_fired_at,
+            LAST_FIRED: self.dead.last_fired_at,
         }
+
+    def merged_own(self, saved: Sequence[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
+        """Return what process `rank` goes on with from the `own_tensors` of all that saved.
+
+        As many processes as saved take up their own. Otherwise the first takes the sums of all, and
+        every one the latest firing that any saw.
+        """
+        mine = {}
+        for name in self.own_tensors():
+            parts = torch.stack([own[name] for own in saved])
+            if name == LAST_FIRED:
+                mine[name] = parts.amax(0)
+            else:
+                mine[name] = parts.sum(0) if rank == 0 else torch.zeros_like(parts[0])
+        return mine
 
     def load_(self, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take over a saved state, in place."""

@@ -171,6 +171,7 @@ class Log:
             "dead_share": float(state.dead.share(tokens)),
             "lr": lr_at(state.step - 1, self.cfg.train),
             "tokens_per_second": self._rate(tokens),
+            **state.source.log_values(),
         }
         _require_finite_loss(row, state.source.name)
         self.progress.show(row)

@@ -70,12 +70,12 @@ def test_the_norm_filter_drops_outliers_and_is_remembered(tiny_config: Path):
     from safetensors.torch import load_file
 
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    buffer = load_file(newest / "rank_0.safetensors")["source.buffer"]
+    buffer = load_file(newest / "rank_0.safetensors")["source.lane_0.buffer.0"]
     assert isinstance(max_norm, float)
     assert buffer.norm(dim=1).max() <= max_norm * (1 + 1e-6)
     assert buffer.norm(dim=1).median() * 1.1 == pytest.approx(max_norm, rel=0.15)
     state = json.loads((newest / "rank_0.json").read_text())
-    assert state["max_norm"] == max_norm
+    assert state["lanes"]["0"]["max_norm"] == max_norm
 
 
 def test_training_never_sees_held_out_documents(tiny_config: Path):

@@ -20,6 +20,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
+NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
 TrackerName = Literal["wandb", "tensorboard"]
 
 
@@ -162,12 +163,13 @@ class StreamConfig:
     dtype: DtypeName = "auto"
     """Precision of stored activations; auto: the model's own."""
 
-    scale: Literal["none", "mean_norm"] = "mean_norm"
-    """Scaling of inputs while training; mean_norm makes the mean norm √d_in. Saved dictionaries
-    are always in raw units."""
+    normalisation: NormalisationName = "mean_norm"
+    """Units in which the coder is trained: mean_norm scales the mean norm to √d_in, standardise
+    and whiten centre and scale by dimension or by covariance, layer_norm by token. Saved
+    dictionaries work on raw activations."""
 
     calibration_sequences: int = 64
-    """Contexts looked at before training for the input scale, b_dec and the norm filter; the
+    """Contexts looked at before training for the normalisation, b_dec and the norm filter; the
     stream is not consumed by it."""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ import yaml
 from sae.config import Config
 
 CONFIG_FILE = "config.yaml"
+RENAMED = {"stream.scale": "stream.normalisation"}
+"""Keys that older run folders have under another name."""
 
 
 def dotted_keys(config_type: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,7 +106,8 @@ def read_run_config(folder: Path) -> Config:
             f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder "
             "that `sae train` printed."
         )
-    return from_flat(read_yaml(folder / CONFIG_FILE))
+    written = read_yaml(folder / CONFIG_FILE)
+    return from_flat({RENAMED.get(key, key): value for key, value in written.items()})
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

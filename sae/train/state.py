@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder, to_raw_units
+from sae.coder import SparseCoder
+from sae.stream.normalisation import Normaliser
 from sae.stream.source import ActivationSource
 from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
@@ -26,11 +27,12 @@ LAST_FIRED = "dead.last_fired_at"
 class Calibration:
     """What was estimated before the first step.
 
-    scale: factor that the coder's inputs are multiplied by. variance: mean squared distance of
-    scaled activations from their mean. mean: (d_in), in scaled units. b_dec: (d_in), its start.
+    normaliser: from raw activations to the units that the coder is trained in; the rest is in
+    these. variance: mean squared distance of activations from their mean. mean: (d_in). b_dec:
+    (d_in), its start.
     """
 
-    scale: float
+    normaliser: Normaliser
     variance: float
     mean: Tensor
     b_dec: Tensor
@@ -56,23 +58,21 @@ class TrainState:
 
     def raw_coder(self) -> SparseCoder:
         """Return a copy of the coder that works on raw activations: what is saved."""
-        raw = to_raw_units(self.coder, self.calibration.scale)
+        raw = self.calibration.normaliser.to_raw_units(self.coder)
         raw.metadata["sae_training_tokens"] = self.tokens_seen
         return raw
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that is plain numbers."""
-        return {
-            "step": self.step,
-            "scale": self.calibration.scale,
-            "variance": self.calibration.variance,
-        }
+        return {"step": self.step, "variance": self.calibration.variance}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the part of the state that is tensors, by name; live tensors, not copies."""
+        normaliser = self.calibration.normaliser.tensors()
         return {
             **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
             **{f"adam.{name}": value for name, value in self.adam.tensors().items()},
+            **{f"normaliser.{name}": value for name, value in normaliser.items()},
             "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,
         }
@@ -100,13 +100,21 @@ class TrainState:
         return mine
 
     def load_(self, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take over a saved state, in place."""
+        """Take over a saved state, in place.
+
+        Errors: ValueError where a tensor is missing; nothing is changed then.
+        """
+        wanted = {**self.tensors(), **self.own_tensors()}
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise ValueError(
+                f"a checkpoint must hold all of the trainer's state; it lacks {missing[:4]}. It "
+                "was written by another version of this package: resume with that, or begin anew "
+                "in another folder."
+            )
         self.step = scalars["step"]
-        self.calibration = replace(
-            self.calibration, scale=scalars["scale"], variance=scalars["variance"]
-        )
+        self.calibration = replace(self.calibration, variance=scalars["variance"])
         device = self.dead.indices.device
         self.dead.indices = tensors["dead.indices"].to(device)
-        for name, value in {**self.tensors(), **self.own_tensors()}.items():
+        for name, value in wanted.items():
             if name != "dead.indices":
                 value.copy_(tensors[name])

@@ -44,7 +44,7 @@ def baseline(tiny_config: Path) -> Path:
         ["--stream.refill_fraction", "0.25"],
         ["--stream.sequences_per_forward", "3"],
         ["--stream.dtype", "bfloat16"],
-        ["--stream.scale", "none"],
+        ["--stream.normalisation", "none"],
         ["--stream.calibration_sequences", "3"],
         ["--run.seed", "1"],
     ],

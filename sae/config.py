@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ActivationName = Literal["topk", "relu"]
+BosName = Literal["document", "context", "none"]
+ContentName = Literal["text", "chat", "tokens"]
+ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream"]
 MaskName = Literal["bos", "first", "special"]
@@ -94,25 +97,39 @@ class DataConfig:
     split: str = "train"
     """The split of a hub dataset or of a saved folder."""
 
-    text_column: str | None = None
-    """The column with the text; None takes the first of text, content, prompt that exists."""
+    content: ContentName = "text"
+    """What a document is: text; chat, messages with role and content (or ShareGPT's from and
+    value), written out by the tokenizer's chat template; tokens, token ids."""
+
+    column: str | None = None
+    """The column with the documents; None takes the first that exists of text, content, prompt
+    (text), messages, conversations, conversation (chat), input_ids, tokens (tokens)."""
 
     context_size: int = 256
     """Tokens in one context, BOS included."""
 
-    prepend_bos: bool = True
-    """Begin every context with the tokenizer's BOS token where it has one."""
+    contexts: ContextsName = "packed"
+    """packed lets documents follow each other in a context, so that none is wasted; document begins
+    a context with each document and pads its last one, on the right."""
+
+    bos: BosName = "document"
+    """Where the tokenizer's BOS token is put, where it has one: before every document and at each
+    context's start, at each context's start alone, or nowhere; never before another BOS."""
 
     mask: tuple[MaskName, ...] = ("bos", "first", "special")
     """Tokens left out of training and evaluation: BOS, each context's first position, other special
     tokens. Padding is always left out."""
+
+    exclude_tokens: tuple[int | str, ...] = ()
+    """More tokens left out of training and evaluation, though the model reads them: a number is a
+    token's id; text is one token, as the vocabulary spells it or as it reads."""
 
     max_norm_ratio: float | None = None
     """Leave out tokens whose activation norm exceeds this multiple of the median norm of the first
     activations; None keeps all."""
 
     held_out_fraction: float = 0.02
-    """Share of documents that training never sees, chosen by a hash of their text, in (0, 1)."""
+    """Share of documents that training never sees, chosen by a hash of them, in (0, 1)."""
 
     def __post_init__(self) -> None:
         _require(

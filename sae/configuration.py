@@ -208,7 +208,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is tuple:
         members = typing.get_args(hint)
-        is_list = isinstance(value, (list, tuple)) and all(_fits(v, members[0]) for v in value)
+        is_list = isinstance(value, (list, tuple)) and all(
+            any(_fits(v, member) for member in _members(members[0])) for v in value
+        )
         return is_list and (members[-1] is Ellipsis or len(value) == len(members))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)

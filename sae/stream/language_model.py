@@ -49,6 +49,12 @@ class LanguageModel:
         return next(self.module.parameters()).dtype
 
     @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids that the model reads, which its tokenizer may not use up."""
+        module: Any = self.module
+        return module.get_input_embeddings().weight.shape[0]
+
+    @property
     def max_context_size(self) -> int | None:
         """The most tokens a context may have, where the model's config says it."""
         config: Any = self.module.config

@@ -60,6 +60,7 @@ class OpenedModel:
             seed=self.cfg.run.seed,
             rank=rank,
             world_size=world_size,
+            vocabulary_size=self.lm.vocabulary_size,
         )
 
     def held_out(self) -> Iterator[Contexts]:

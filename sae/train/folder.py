@@ -19,7 +19,10 @@ from sae.files import write_json, write_text
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
 MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
-MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
+MAY_DIFFER_PREFIXES = (
+    *("eval.", "report.", "harvest.", "stream.resident_"),
+    *("train.keep_", "train.checkpoint_", "train.log_"),
+)
 EARLY_FILES = {CONFIG_FILE, "env.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb"} | {
     "wandb_id.txt"
 }

@@ -1,4 +1,4 @@
-"""The command line: sae train | plan | eval | report.
+"""The command line: sae train | plan | eval | report | harvest.
 
 Each verb is a function of the remaining arguments. A mistake of the user ends in one clear message
 and exit code 2, without a traceback.
@@ -28,6 +28,7 @@ USAGE = """usage: sae VERB …
   sae plan CONFIG.yaml [--section.key value …]     say what training will cost
   sae eval RUN_OR_DICTIONARY [--evals a,b]         measure it on held-out text
   sae report RUN                                   write its report.html
+  sae harvest CONFIG.yaml [--section.key value …]  write activations to disk, to train from them
 
 `sae VERB --help` says more."""
 
@@ -110,11 +111,24 @@ def report(arguments: Sequence[str]) -> None:
     say(f"Open {path} ({path.stat().st_size / 1e6:.1f} MB) in a browser.")
 
 
+def harvest(arguments: Sequence[str]) -> None:
+    """Write the activations that CONFIG.yaml and the command line name to disk, once."""
+    from sae.configuration import from_command_line
+
+    cfg = from_command_line(arguments, "sae harvest")
+    from sae.stream.harvest import harvest as write_shards
+
+    with progress_bar() as tell:
+        folder = write_shards(cfg, say=say, tell=tell)
+    say(f"Train on them with `--stream.shards {folder}`.")
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "plan": plan,
     "eval": evaluate,
     "report": report,
+    "harvest": harvest,
 }
 
 

@@ -189,6 +189,13 @@ class StreamConfig:
     """Contexts looked at before training for the normalisation, b_dec and the norm filter; the
     stream is not consumed by it."""
 
+    shards: str | None = None
+    """A folder that `sae harvest` wrote, read in place of running the model; None runs it."""
+
+    resident_tokens: int = 0
+    """Activations of `stream.shards`, in tokens over all processes, that stay in memory once read;
+    0 leaves it to the system's file cache."""
+
     def __post_init__(self) -> None:
         _require_positive(
             "stream",
@@ -206,6 +213,31 @@ class StreamConfig:
             self.refill_fraction,
             "Use 0.5.",
         )
+        _require(
+            self.resident_tokens >= 0,
+            "stream.resident_tokens",
+            "must not be negative",
+            self.resident_tokens,
+            "Use 0 to keep nothing.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """What `sae harvest` writes to disk."""
+
+    folder: str | None = None
+    """Where the shards go; None: `shards/` and the name of the YAML file."""
+
+    tokens: int | None = None
+    """Kept tokens written at most; None: one whole pass over the training documents."""
+
+    shard_tokens: int | None = None
+    """Kept tokens after which a file ends, with the forward pass they are in; None: what makes
+    256 MiB."""
+
+    def __post_init__(self) -> None:
+        _require_positive("harvest", self, "tokens", "shard_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +453,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
     coder: CoderConfig = field(default_factory=CoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

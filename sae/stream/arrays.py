@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sae.stream.harvested_rows import HarvestedRows
+from sae.stream.manifest import is_harvest
 from sae.stream.source import SourceState, require_finite
 
 CALIBRATION_ROWS = 16_384
@@ -26,7 +28,8 @@ def open_source(activations: Any, *, seed: int = 0, rank: int = 0, world_size: i
 
     Args:
         activations: (n, d_in) tensor or array; a path to .npy, .safetensors (one tensor, or the one
-            named `activations`) or a folder of such files; or an iterable of (n, d_in) batches.
+            named `activations`), a folder of such files or one that `sae harvest` wrote; or an
+            iterable of (n, d_in) batches.
 
     Errors: ValueError or TypeError for what is none of these, is empty, or has other axes.
     """
@@ -56,7 +59,9 @@ class ArraySource:
     `position` counts the rows of the epoch that all processes have taken: they move together.
     """
 
-    def __init__(self, rows: Tensor, name: str, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, rows: Tensor | HarvestedRows, name: str, seed: int, rank: int = 0, world_size: int = 1
+    ):
         require_matrix(rows, name)
         if len(rows) < world_size:
             raise ValueError(
@@ -230,7 +235,7 @@ class EndOfActivationsError(ValueError):
     """An iterator ended before the run did."""
 
 
-def require_matrix(rows: Tensor, name: str) -> None:
+def require_matrix(rows: Tensor | HarvestedRows, name: str) -> None:
     """Refuse what is not a non-empty floating (n, d_in) matrix."""
     if rows.ndim != 2 or 0 in rows.shape or not rows.is_floating_point():
         raise ValueError(
@@ -240,16 +245,24 @@ def require_matrix(rows: Tensor, name: str) -> None:
         )
 
 
-def read_rows(path: Path) -> Tensor:
+def read_rows(path: Path) -> Tensor | HarvestedRows:
     """Read (n, d_in) rows from a .npy or .safetensors file, or a folder of them, in name order.
 
-    A .npy file is memory-mapped. Pickled arrays are refused.
+    A .npy file is memory-mapped, and so is a folder that `sae harvest` wrote. Pickled arrays are
+    refused.
     """
+    if is_harvest(path):
+        return HarvestedRows(path)
+    return read_files(path)
+
+
+def read_files(path: Path) -> Tensor:
+    """Read rows as `read_rows` does, of anything but a harvest."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in READERS)
         if not files:
             raise ValueError(f"`{path}` must hold {' or '.join(READERS)} files; it holds none.")
-        return torch.cat([read_rows(file) for file in files])
+        return torch.cat([read_files(file) for file in files])
     if not path.exists():
         raise ValueError(f"`activations` must be a path that exists; {path} is not there.")
     if path.suffix not in READERS:

@@ -139,6 +139,26 @@ def width(module: nn.Module, hookpoint: Hookpoint, device: torch.device | str) -
     return capture(module, [hookpoint], tokens)[hookpoint].shape[-1]
 
 
+def choose_names(patterns: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which of the hookpoints `names` comma-separated patterns match, in their order.
+
+    For hookpoints whose model is not at hand: a path may leave out what stands before a dot. An
+    empty text matches all. Raises ValueError where a pattern matches none.
+    """
+    chosen: set[str] = set()
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        glob, side = _split_side(pattern)
+        paths = {path: name for name in names for path, s in [_split_side(name)] if s == side}
+        found = _matches(glob, list(paths)) or _matches(f"**.{glob}", list(paths))
+        if not found:
+            raise ValueError(
+                f"`model.hookpoint` must match the hookpoints that were harvested; got "
+                f"{pattern!r}, and there are: {', '.join(names)}. Give some of them."
+            )
+        chosen |= {paths[path] for path in found}
+    return tuple(name for name in names if name in chosen or not patterns.strip())
+
+
 def _split_side(pattern: str) -> tuple[str, Side]:
     glob, colon, side = pattern.partition(":")
     if colon and side not in get_args(Side):

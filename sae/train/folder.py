@@ -18,8 +18,14 @@ from sae.configuration import CONFIG_FILE, flatten, read_run_config, to_yaml
 from sae.files import write_json, write_text
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
-MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
-MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
+MAY_DIFFER = (
+    *("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume"),
+    *("model.device", "stream.device"),
+)
+MAY_DIFFER_PREFIXES = (
+    *("eval.", "report.", "harvest.", "stream.resident_", "stream.refill"),
+    *("train.keep_", "train.checkpoint_", "train.log_"),
+)
 EARLY_FILES = {CONFIG_FILE, "env.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb"} | {
     "wandb_id.txt"
 }

@@ -84,7 +84,7 @@ def open_model(cfg: Config, device: torch.device) -> OpenedModel:
     return OpenedModel(cfg, lm, hookpoints, documents, other)
 
 
-def require_single(hookpoints: Sequence[Hookpoint], is_pair: bool = False) -> None:
+def require_single(hookpoints: Sequence[Hookpoint | str], is_pair: bool = False) -> None:
     """Refuse several hookpoints where one dictionary is trained or measured.
 
     Errors: ValueError.

@@ -143,7 +143,7 @@ def measure(cfg: Config, state: TrainState, accelerator: Accelerator, seconds: f
     step = make_step(cfg, state, accelerator)
     n_micro = cfg.train.grad_accumulation_steps
     n = cfg.train.batch_tokens // accelerator.num_processes // n_micro
-    x = source.calibration_sample().to(device) * state.calibration.scale
+    x = state.calibration.normaliser.apply(source.calibration_sample().to(device))
     x = x.repeat(-(-n // len(x)), 1)[:n].clone()
 
     def one_step() -> int:

@@ -6,6 +6,7 @@ the model's weights load.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
 from sae.stream.opening import open_model, pick_device, require_complete, require_single
+from sae.stream.rows import RowStream
+from sae.stream.shards import open_shards
 from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
 from sae.train.distributed import (
@@ -55,17 +58,14 @@ def run(cfg: Config) -> Path:
 
 
 def open_source(cfg: Config, accelerator: Accelerator) -> BufferedSource:
-    """Open text and model of `cfg`, and this process's lanes of them."""
-    # A packaged model is converted once, by the first process that asks for it.
-    with accelerator.main_process_first():
-        opened = open_model(cfg, accelerator.device)
-    require_single(opened.hookpoints, opened.other is not None)
-    reader, n_lanes = opened.reader(), cfg.stream.lanes
-    assert n_lanes is not None
-    n_mine = n_lanes // accelerator.num_processes
+    """Open what `cfg` trains on: this process's lanes of a model's activations, or of shards."""
+    assert cfg.stream.lanes is not None
+    n_mine = cfg.stream.lanes // accelerator.num_processes
     first = accelerator.process_index * n_mine
+    lanes = range(first, first + n_mine)
+    open_lanes = model_lanes if cfg.stream.shards is None else shard_lanes
     return BufferedSource(
-        {i: opened.rows(reader, lane=i, n_lanes=n_lanes) for i in range(first, first + n_mine)},
+        open_lanes(cfg, lanes, accelerator),
         cfg.stream,
         context_size=cfg.data.context_size,
         seed=cfg.run.seed,
@@ -73,6 +73,26 @@ def open_source(cfg: Config, accelerator: Accelerator) -> BufferedSource:
         max_norm_ratio=cfg.data.max_norm_ratio,
         over_ranks=mean_over_ranks,
     )
+
+
+def model_lanes(
+    cfg: Config, lanes: Iterable[int], accelerator: Accelerator
+) -> dict[int, RowStream]:
+    """Open text and model of `cfg`."""
+    # A packaged model is converted once, by the first process that asks for it.
+    with accelerator.main_process_first():
+        opened = open_model(cfg, accelerator.device)
+    require_single(opened.hookpoints, opened.other is not None)
+    reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
+    return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
+
+
+def shard_lanes(cfg: Config, lanes: Iterable[int], _: Accelerator) -> dict[int, RowStream]:
+    """Open the shards of `cfg`; no model is loaded."""
+    n_lanes = cfg.stream.lanes or 1
+    streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}
+    require_single(next(iter(streams.values())).names)
+    return dict(streams)
 
 
 def with_lanes(cfg: Config, folder: Path, n_processes: int) -> Config:

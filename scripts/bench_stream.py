@@ -77,7 +77,7 @@ def measure_shards(bench: Bench) -> Iterator[Row]:
 
 
 def _shard_row(name: str, found: dict[str, Any], key: str, note: str) -> Row:
-    value, limit = (found[f"{k}_bytes_per_second"] / 1e9 for k in (key, "plain"))
+    value, limit = (found[f"{k}_gb_per_s"] for k in (key, "plain"))
     return row(name, value, limit, "GB/s", 0.7, f"{note}; limit: the same bytes as plain files")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+
 from benchmarking.machine import ROOT
 from benchmarking.stream_rates import Row
 

@@ -4,8 +4,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from benchmarking.stream_rates import Row, buffered
 
+from benchmarking.stream_rates import Row, buffered
 from sae.config import Config
 from sae.stream.mixing import mixing
 from sae.stream.opening import OpenedModel

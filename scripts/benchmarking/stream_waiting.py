@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from benchmarking.stream_rates import ReadyRows, Row, buffered
 from torch import Tensor
 
+from benchmarking.stream_rates import ReadyRows, Row, buffered
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream.source import ActivationSource

@@ -95,7 +95,10 @@ def test_a_layer_norm_of_16_bit_tokens_is_taken_in_float32():
     raw = with_layer_norm(make_coder())
     x = (inputs() + 200).bfloat16()
     assert torch.equal(raw.encode(x), raw.encode(x.float()))
-    assert raw.bfloat16()(x).dtype == torch.bfloat16
+    in_16_bits, x = raw.bfloat16(), inputs() + 200
+    normed = layer_norm(x).bfloat16()
+    assert torch.equal(in_16_bits.encode(x), make_coder().bfloat16().encode(normed))
+    assert in_16_bits(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_layer_norm_goes_to_the_folder_and_back_in_saelens_words(tmp_path: Path):

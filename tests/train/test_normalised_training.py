@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sae
+import sae.train.trainer as trainer
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.layer_norm import undo_layer_norm
 from sae.config import NormalisationName
-from sae.configuration import read_run_config
+from sae.configuration import from_flat, read_run_config
 from sae.stream.normalisation import FITS, Normaliser
 
 AUTO_WARNS = pytest.mark.filterwarnings("ignore:The fused training step does not train")
@@ -114,10 +117,8 @@ def test_a_resumed_run_keeps_the_normaliser_that_it_began_with(
     """Bit for bit, even where another fit would now come out differently."""
     run = tmp_path / "run"
     sae.fit(activations, **settings(run, kind))
-    whole = {
-        name: value
-        for name, value in load_file(checkpoints(run)[-1] / "trainer.safetensors").items()
-    }
+    names = ("trainer.safetensors", "sae_weights.safetensors")
+    whole = [load_file(checkpoints(run)[-1] / name) for name in names]
     shutil.rmtree(checkpoints(run)[-1])
     shutil.rmtree(run / "final")
     honest = Normaliser.fit
@@ -127,10 +128,44 @@ def test_a_resumed_run_keeps_the_normaliser_that_it_began_with(
 
     monkeypatch.setattr(Normaliser, "fit", otherwise)
     sae.fit(activations, resume="auto", **settings(run, kind))
-    again = load_file(checkpoints(run)[-1] / "trainer.safetensors")
-    assert whole.keys() == again.keys()
-    for name in whole:
-        assert torch.equal(whole[name], again[name]), name
+    again = [load_file(checkpoints(run)[-1] / name) for name in names]
+    for one, other in zip(whole, again, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_calibration_is_over_all_ranks(
+    activations: Tensor, monkeypatch: pytest.MonkeyPatch, kind: NormalisationName
+):
+    """Two threads stand for processes with unequal shares of the sample, sorted by size."""
+    rows = activations[activations.norm(dim=1).argsort()]
+    cfg = from_flat({"stream.normalisation": kind})
+    whole = trainer.calibrate(rows, cfg)
+    barrier, given = threading.Barrier(2, timeout=20), [rows, rows]
+    rank = threading.local()
+
+    def sum_over_ranks(x: Tensor) -> Tensor:
+        given[rank.number] = x
+        barrier.wait()
+        total = given[0] + given[1]
+        barrier.wait()
+        return total
+
+    monkeypatch.setattr(trainer, "sum_over_ranks", sum_over_ranks)
+
+    def calibrate(number: int) -> trainer.Calibration:
+        rank.number = number
+        return trainer.calibrate((rows[:1000], rows[1000:])[number], cfg)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(calibrate, range(2)))
+    for calibration in found:
+        assert calibration.variance == pytest.approx(whole.variance, rel=1e-5)
+        torch.testing.assert_close(calibration.mean, whole.mean, rtol=1e-5, atol=1e-5)
+        given_units, expected = (c.normaliser.apply(rows) for c in (calibration, whole))
+        torch.testing.assert_close(given_units, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_without_its_normaliser_is_refused(activations: Tensor, tmp_path: Path):

@@ -55,8 +55,8 @@ def test_checkpoints_are_in_raw_units(tiny_config: Path):
 
     folder = run(configured(tiny_config))
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    scale = json.loads((newest / "trainer.json").read_text())["scale"]
     training = load_file(newest / "trainer.safetensors")
+    scale = training["normaliser.factor"]
     assert abs(scale - 1) > 0.01
     torch.testing.assert_close(sae.load(newest).b_dec * scale, training["coder.b_dec"])
     assert torch.equal(sae.load(newest).W_enc, training["coder.W_enc"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stream_stand_ins import HubRows
 
 from sae.config import DataConfig
-from sae.stream.content import Content, DocumentColumn, messages_of
+from sae.stream.content import Content, DocumentColumn, content_bytes, messages_of
 from sae.stream.documents import (
     LocalDocuments,
     StreamedDocuments,
@@ -320,10 +320,12 @@ def test_conversations_of_each_format(tmp_path: Path, name: str, column: str) ->
 def test_a_conversation_is_one_text_however_it_is_written() -> None:
     expected = read_chat(TALK)
     assert isinstance(expected, str)
-    turned = [dict(reversed(message.items())) for message in TALK]
     filled = [{**message, "tool_calls": None} for message in TALK]
-    for same in (turned, filled, SHAREGPT):
+    for same in (filled, SHAREGPT):
         assert read_chat(same) == expected
+    named = [{**message, "name": "N", "weight": 1} for message in TALK]
+    turned = [dict(reversed(message.items())) for message in named]
+    assert read_chat(turned) == read_chat(named) != expected
     assert read_chat(TALK[1:]) != expected
     silent = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
     assert messages_of(read_chat(silent)) == [{**silent[0], "content": ""}]
@@ -398,6 +400,7 @@ def test_hub_datasets_of_each_content(
 def test_token_ids_are_split_by_their_values(ids: list[int], fraction: float) -> None:
     on_side = is_held_out(array("i", ids), fraction)
     assert is_held_out(ids, fraction) == is_held_out(tuple(ids), fraction) == on_side
+    assert content_bytes([1, 258]) == bytes([1, 0, 0, 0, 2, 1, 0, 0])
     assert not is_held_out(ids, 0)
     assert is_held_out(ids, 1)
 

@@ -121,11 +121,22 @@ def test_text_conversations_and_token_ids_train_alike(tiny_config: Path, told_th
     assert torch.equal(found[0], found[2])
 
 
-def test_token_ids_of_another_model_are_refused_before_work(tiny_config: Path, tmp_path: Path):
+def test_token_ids_that_the_model_does_not_read_are_refused_before_work(
+    tiny_config: Path, tiny_lm_folder: Path, tmp_path: Path
+):
+    """The model's vocabulary counts, and not that of a tokenizer that has been given a token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)
+    tokenizer.add_tokens(["<more>"])
+    model = shutil.copytree(tiny_lm_folder, tmp_path / "model")
+    tokenizer.save_pretrained(model)
     path = tmp_path / "ids.jsonl"
     path.write_text("\n".join(json.dumps({"tokens": [5, 6, 290 + i]}) for i in range(11)))
+    flags = ["--data.source", str(path), "--data.content", "tokens", "--model.name", str(model)]
     with pytest.raises(ValueError, match=r"in \[0, 300\); document 10 .* holds 300"):
-        trained(tiny_config, "bad", "--data.source", str(path), "--data.content", "tokens")
+        trained(tiny_config, "bad", *flags)
+    assert not list((tmp_path / "bad").glob("checkpoints/*"))
 
 
 def test_training_never_sees_held_out_documents(tiny_config: Path):

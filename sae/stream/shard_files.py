@@ -7,7 +7,7 @@ A shard holds contexts whole, in the order in which the model read them:
     document_ids (c, t) int64   tokens (c, t) int32   is_kept (c, t) bool
     activations.H         (n, d) in the stream's dtype: row i is the i-th kept token
 
-A piece is a run of contexts with about 8 MiB of rows: what is read at once. The file's name is the
+A piece is a run of contexts with about 2 MiB of rows: what is read at once. The file's name is the
 blake2b of its header and of all but the activations, for which the checksums in `pieces` stand;
 these are as quick as reading memory, where a hash of every byte would be what a harvest waits for.
 Damage is never trained on: opening a shard checks its name, reading a piece first its checksum.
@@ -24,6 +24,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.files import explained_write, sync
+from sae.files import explained_write
 from sae.stream.contexts import Contexts
 from sae.stream.manifest import ShardEntry
 from sae.stream.moments import Moments
 
-PIECE_BYTES = 2**23
+PIECE_BYTES = 2**21  # more comes in new pages from the system, which cost as much as the reading
 PARTIAL = ".shard.partial"
 _ROWS = "activations."
 _BYTES_AT_ONCE = 2**24
@@ -129,8 +130,9 @@ def write_content(folder: Path, parts: Parts) -> tuple[str, int]:
     with explained_write(folder):
         try:
             _write_all(folder / PARTIAL, buffers)
+            # The folder itself is not flushed: a name that a power cut loses is one shard to make
+            # again, and waiting for it costs as much as tens of megabytes.
             (folder / PARTIAL).replace(folder / f"{name}.safetensors")
-            sync(folder)
         finally:
             (folder / PARTIAL).unlink(missing_ok=True)
     return name, sum(len(buffer) for buffer in buffers)
@@ -171,6 +173,11 @@ class ShardFile:
         return Contexts(
             head["tokens"][span].long(), head["document_ids"][span], head["is_kept"][span]
         )
+
+    def documents(self, piece: int) -> Tensor:
+        """Return the document of each row of a piece, (n,) int64."""
+        span = slice(self._context_ends[piece], self._context_ends[piece + 1])
+        return self._head["document_ids"][span][self._head["is_kept"][span]]
 
     def rows(self, piece: int, name: str, *, check: bool = True) -> Tensor:
         """Read one piece's rows at a hookpoint, (n, d), into new memory."""
@@ -249,6 +256,7 @@ def checksum(rows: Tensor) -> int:
     return int((np.concatenate(sums) * _weights(n_whole + 1, _WORDS_IN_BLOCK)).sum())
 
 
+@lru_cache(maxsize=64)
 def _weights(n: int, start: int) -> np.ndarray:
     """Return n odd int64 numbers that look random: multiples of 2⁶⁴ over the golden ratio."""
     places = np.arange(start + 1, start + n + 1, dtype=np.uint64)

@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -266,7 +266,7 @@ def wait_until_quiet(reads: list[int]) -> None:
 
 
 def test_what_fits_in_memory_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    n, ahead = n_pieces(folder), 2  # the queue's one and the one in the thread's hand
+    n, ahead = n_pieces(folder), 1
     first, *later = reads_of(folder, monkeypatch, len(all_ids()))
     assert first == n
     assert later == [0, 0]
@@ -280,38 +280,36 @@ def test_what_fits_in_memory_is_read_once(folder: Path, monkeypatch: pytest.Monk
 # --- reading ahead
 
 
-def test_an_error_of_the_reader_thread_is_raised_with_its_traceback():
-    def items() -> Iterator[int]:
-        yield 1
-        raise OSError(errno.EIO, "the cable is out")
+@pytest.mark.parametrize("kind", [OSError, SystemExit])
+def test_an_error_of_a_reader_thread_is_raised_with_its_traceback(kind: type[BaseException]):
+    def reading(item: int) -> int:
+        if item == 3:
+            raise kind("the cable is out")
+        return item * 10
 
-    ahead = Prefetched(items(), 2)
-    assert next(ahead) == 1  # pyright: ignore[reportArgumentType]
+    ahead = Prefetched(reading, count(), ahead=8)
+    assert [next(ahead)[1] for _ in range(3)] == [0, 10, 20]  # pyright: ignore
     for _ in range(2):
-        with pytest.raises(OSError, match="cable") as raised:
-            next(ahead)  # pyright: ignore[reportArgumentType]
-        assert any(entry.name == "items" for entry in raised.traceback)
+        with pytest.raises(kind, match="cable") as raised:
+            ahead.__next__()
+        assert any(entry.name == "reading" for entry in raised.traceback)
 
 
-def test_a_reader_thread_that_vanishes_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sae.stream.prefetch._read", lambda *_: None)
-    ahead: Prefetched[int] = Prefetched(iter(()), 1)
-    with pytest.raises(RuntimeError, match="ended without an error"):
-        ahead.__next__()
+def test_what_is_read_ahead_comes_in_order_whoever_is_faster():
+    def reading(item: int) -> int:
+        time.sleep(0.005 * (item % 3))
+        return -item
+
+    ahead = Prefetched(reading, count(), ahead=5, threads=4)
+    assert [ahead.__next__() for _ in range(20)] == [(i, -i) for i in range(20)]
 
 
 def test_reading_ahead_is_bounded_and_ends_with_its_consumer(folder: Path):
     seen: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(10**9):
-            seen.append(i)
-            yield i
-
-    ahead = Prefetched(items(), 3)
+    ahead = Prefetched(seen.append, count(), ahead=3)
     ahead.__next__()
     wait_until_quiet(seen)
-    assert len(seen) <= 1 + 3 + 1
+    assert sorted(seen) == [0, 1, 2, 3]
     del ahead
     rows = ShardRows(folder)
     rows.next_block()
@@ -320,7 +318,7 @@ def test_reading_ahead_is_bounded_and_ends_with_its_consumer(folder: Path):
     del rows
     gc.collect()
     deadline = time.monotonic() + 5
-    while any(t.name == "sae-prefetch" for t in threading.enumerate()):
+    while any(t.name.startswith("sae-prefetch") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

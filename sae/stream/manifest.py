@@ -26,13 +26,11 @@ End = Literal["tokens", "text"]
 class ShardEntry:
     """One shard of a folder.
 
-    name: of its file, without the suffix: the blake2b of its content, 16 hex digits.
-    head: blake2b of all of it but the activations, 16 hex digits.
+    name: of its file, without the suffix: a digest of its content, 16 hex digits.
     batches, contexts, rows, pieces, bytes: how many it holds; batches are forward passes.
     """
 
     name: str
-    head: str
     batches: int
     contexts: int
     rows: int

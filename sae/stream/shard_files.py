@@ -7,11 +7,13 @@ A shard holds contexts whole, in the order in which the model read them:
     document_ids (c, t) int64   tokens (c, t) int32   is_kept (c, t) bool
     activations.H         (n, d) in the stream's dtype: row i is the i-th kept token
 
-A piece is a run of contexts with about 8 MiB of rows: what is read at once. Damage is never
-trained on: the name checks the whole file (`is_intact`), `head` in the manifest all but the
-activations, whenever a shard is opened, and the checksums in `pieces` each piece when it is read
-first. Reading is `pread` into new memory and not a memory map, under which a file that is cut or a
-failing disk would kill the process.
+A piece is a run of contexts with about 2 MiB of rows: what is read at once. The file's name is the
+blake2b of its header and of all but the activations, for which the checksums in `pieces` stand;
+these are as quick as reading memory, where a hash of every byte would be what a harvest waits for.
+Damage is never trained on: opening a shard checks its name, reading a piece first its checksum.
+
+Reading is `readinto` new memory and not a memory map, under which a file that is cut or a failing
+disk would kill the process.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.files import explained_write, sync
+from sae.files import explained_write
 from sae.stream.contexts import Contexts
 from sae.stream.manifest import ShardEntry
 from sae.stream.moments import Moments
 
-PIECE_BYTES = 2**23
+PIECE_BYTES = 2**21  # more comes in new pages from the system, which cost as much as the reading
 PARTIAL = ".shard.partial"
+_ROWS = "activations."
 _BYTES_AT_ONCE = 2**24
 _WORDS_IN_BLOCK = 4096
 _CODES = {
@@ -104,11 +107,10 @@ def write_shard(
     Errors: RuntimeError where the disk is full or cannot be written.
     """
     parts = _head_parts(names, pieces, moments)
-    rows = {f"activations.{n}": [p.rows[i] for p in pieces] for i, n in enumerate(names)}
-    name, n_bytes, header = write_content(folder, {**parts, **rows})
+    rows = {f"{_ROWS}{n}": [p.rows[i] for p in pieces] for i, n in enumerate(names)}
+    name, n_bytes = write_content(folder, {**parts, **rows})
     return ShardEntry(
         name=name,
-        head=_head_digest(header, parts),
         batches=batches,
         contexts=sum(len(p.contexts.tokens) for p in pieces),
         rows=sum(len(p.rows[0]) for p in pieces),
@@ -117,37 +119,35 @@ def write_shard(
     )
 
 
-def write_content(folder: Path, parts: Parts) -> tuple[str, int, bytes]:
-    """Write a safetensors file named by its content; return name, bytes and header."""
+def write_content(folder: Path, parts: Parts) -> tuple[str, int]:
+    """Write a safetensors file named by its content, atomically; return its name and bytes."""
     # Wide elements first, as the format's own writer does: every tensor is then aligned.
     order = sorted(parts, key=lambda name: -parts[name][0].itemsize)
     header = _header({name: parts[name] for name in order})
+    head = {name: parts[name] for name in order if not name.startswith(_ROWS)}
+    name = _digest(header, head)
     buffers = [memoryview(header), *(_bytes(t) for name in order for t in parts[name])]
     with explained_write(folder):
         try:
-            name = _write_hashed(folder / PARTIAL, buffers)
+            _write_all(folder / PARTIAL, buffers)
+            # The folder itself is not flushed: a name that a power cut loses is one shard to make
+            # again, and waiting for it costs as much as tens of megabytes.
             (folder / PARTIAL).replace(folder / f"{name}.safetensors")
-            sync(folder)
         finally:
             (folder / PARTIAL).unlink(missing_ok=True)
-    return name, sum(len(buffer) for buffer in buffers), header
+    return name, sum(len(buffer) for buffer in buffers)
 
 
 def is_intact(folder: Path, entry: ShardEntry) -> bool:
     """Read a whole shard and say whether it is what was written."""
-    path = folder / entry.file
-    if not path.is_file() or path.stat().st_size != entry.bytes:
+    try:
+        file = ShardFile(folder, entry)
+        for piece in range(entry.pieces):
+            for name in file.names:
+                file.rows(piece, name)
+    except DamagedShardError:
         return False
-    return content_digest(path) == entry.name
-
-
-def content_digest(path: Path) -> str:
-    """Return the blake2b of a file, 16 hex digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(_BYTES_AT_ONCE):
-            digest.update(data)
-    return digest.hexdigest()
+    return True
 
 
 class ShardFile:
@@ -159,13 +159,9 @@ class ShardFile:
     def __init__(self, folder: Path, entry: ShardEntry):
         self.path, self.entry = folder / entry.file, entry
         self._require_size()
-        self._places, digested, self._head = self._read_head()
-        if digested != entry.head:
-            raise DamagedShardError(self.path, "its header, tokens or masks differ")
+        self._places, self._head = self._read_head()
         self.names = tuple(
-            name.removeprefix("activations.")
-            for name in self._places
-            if name.startswith("activations.")
+            name.removeprefix(_ROWS) for name in self._places if name.startswith(_ROWS)
         )
         ends = self._head["pieces"][:, :2].cumsum(0)
         self._context_ends, self._row_ends = ([0, *column] for column in ends.T.tolist())
@@ -178,10 +174,15 @@ class ShardFile:
             head["tokens"][span].long(), head["document_ids"][span], head["is_kept"][span]
         )
 
+    def documents(self, piece: int) -> Tensor:
+        """Return the document of each row of a piece, (n,) int64."""
+        span = slice(self._context_ends[piece], self._context_ends[piece + 1])
+        return self._head["document_ids"][span][self._head["is_kept"][span]]
+
     def rows(self, piece: int, name: str, *, check: bool = True) -> Tensor:
         """Read one piece's rows at a hookpoint, (n, d), into new memory."""
         start, end = self._row_ends[piece], self._row_ends[piece + 1]
-        rows = self._read(self._places[f"activations.{name}"], start, end)
+        rows = self._read(self._places[f"{_ROWS}{name}"], start, end)
         expected = int(self._head["pieces"][piece, 2 + self.names.index(name)])
         if check and checksum(rows) != expected:
             raise DamagedShardError(self.path, f"its rows {start} to {end} of `{name}` differ")
@@ -194,7 +195,7 @@ class ShardFile:
 
     def place(self, name: str) -> _Place:
         """Return where a hookpoint's rows lie in the file."""
-        return self._places[f"activations.{name}"]
+        return self._places[f"{_ROWS}{name}"]
 
     def _require_size(self) -> None:
         if not self.path.is_file():
@@ -203,23 +204,23 @@ class ShardFile:
         if n_bytes != self.entry.bytes:
             raise DamagedShardError(self.path, f"it has {n_bytes} of {self.entry.bytes} bytes")
 
-    def _read_head(self) -> tuple[dict[str, _Place], str, dict[str, Tensor]]:
-        """Return where each tensor lies, the head's digest, and all but the activations."""
+    def _read_head(self) -> tuple[dict[str, _Place], dict[str, Tensor]]:
+        """Return where each tensor lies, and all but the activations."""
         with self.path.open("rb", buffering=0) as file:
             size = file.read(8)
             header = size + file.read(min(int.from_bytes(size, "little"), self.entry.bytes))
         try:
             places = _places(header, self.entry.bytes)
-            head = {
-                name: self._read(place, 0, place.shape[0])
-                for name, place in places.items()
-                if not name.startswith("activations.")
-            }
-        except DamagedShardError:
-            raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DamagedShardError(self.path, f"its header is damaged ({error})") from error
-        return places, _head_digest(header, {name: [t] for name, t in head.items()}), head
+        head = {
+            name: self._read(place, 0, place.shape[0])
+            for name, place in places.items()
+            if not name.startswith(_ROWS)
+        }
+        if _digest(header, {name: [tensor] for name, tensor in head.items()}) != self.entry.name:
+            raise DamagedShardError(self.path, "its header, tokens or masks differ")
+        return places, head
 
     def _read(self, place: _Place, start: int, end: int) -> Tensor:
         """Read entries `start` to `end` of a tensor's first axis."""
@@ -238,20 +239,28 @@ class ShardFile:
 
 
 def checksum(rows: Tensor) -> int:
-    """Return a checksum of a tensor's bytes, as fast as memory is read; int64.
+    """Return a checksum of a tensor's bytes, nearly as fast as memory is read; int64.
 
-    The bytes are taken as 64-bit words, and these as blocks of 4096; each block's sum is weighted
-    by the odd number 2 · (its place) + 1 and all is added modulo 2⁶⁴. A change within one word
-    always shows, as do blocks that changed places.
+    The sum modulo 2⁶⁴ of all 64-bit words, each times a weight of its place in its block of 4096
+    and one of its block. All weights are odd, so that a change within one word always shows;
+    others, words that changed places among them, go unseen about once in 2⁶⁴.
     """
     data = np.frombuffer(_bytes(rows), dtype=np.uint8)
     n_whole = len(data) // (8 * _WORDS_IN_BLOCK)
     blocks = data[: n_whole * 8 * _WORDS_IN_BLOCK].view(np.int64).reshape(n_whole, _WORDS_IN_BLOCK)
     rest = data[n_whole * 8 * _WORDS_IN_BLOCK :]
-    padded = np.zeros(-(-len(rest) // 8) * 8, dtype=np.uint8)
-    padded[: len(rest)] = rest
-    sums = np.append(blocks.sum(1), padded.view(np.int64).sum())
-    return int((sums * (2 * np.arange(len(sums)) + 1)).sum())
+    padded = np.zeros((1, _WORDS_IN_BLOCK * 8), dtype=np.uint8)
+    padded[0, : len(rest)] = rest
+    within = _weights(_WORDS_IN_BLOCK, 0)
+    sums = [np.einsum("ij,j->i", part, within) for part in (blocks, padded.view(np.int64))]
+    return int((np.concatenate(sums) * _weights(n_whole + 1, _WORDS_IN_BLOCK)).sum())
+
+
+@lru_cache(maxsize=64)
+def _weights(n: int, start: int) -> np.ndarray:
+    """Return n odd int64 numbers that look random: multiples of 2⁶⁴ over the golden ratio."""
+    places = np.arange(start + 1, start + n + 1, dtype=np.uint64)
+    return (places * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)).view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -289,11 +298,11 @@ def moment_parts(names: Sequence[str], moments: Sequence[Moments]) -> dict[str, 
     return parts
 
 
-def _head_digest(header: bytes, parts: Parts) -> str:
-    """Digest the header and all parts, in the order of their names."""
+def _digest(header: bytes, parts: Parts) -> str:
+    """Digest the header and all parts, in the order of the file."""
     digest = hashlib.blake2b(header, digest_size=8)
-    for name in sorted(parts):
-        for tensor in parts[name]:
+    for tensors in parts.values():
+        for tensor in tensors:
             digest.update(_bytes(tensor))
     return digest.hexdigest()
 
@@ -331,26 +340,13 @@ def _places(header: bytes, n_bytes: int) -> dict[str, _Place]:
     return places
 
 
-def _write_hashed(path: Path, buffers: Sequence[memoryview]) -> str:
-    """Write a file, flush it to disk, and return its digest, computed meanwhile."""
-    digest = hashlib.blake2b(digest_size=8)
-
-    def take_digest() -> None:
+def _write_all(path: Path, buffers: Sequence[memoryview]) -> None:
+    """Write a file and flush it to disk."""
+    with path.open("wb", buffering=0) as file:
         for buffer in buffers:
-            digest.update(buffer)
-
-    with ThreadPoolExecutor(1) as beside, path.open("wb", buffering=0) as file:
-        taking = beside.submit(take_digest)
-        for buffer in buffers:
-            _write_all(file.fileno(), buffer)
+            while len(buffer):
+                buffer = buffer[os.write(file.fileno(), buffer[:_BYTES_AT_ONCE]) :]
         os.fsync(file.fileno())
-        taking.result()
-    return digest.hexdigest()
-
-
-def _write_all(descriptor: int, buffer: memoryview) -> None:
-    while len(buffer):
-        buffer = buffer[os.write(descriptor, buffer[:_BYTES_AT_ONCE]) :]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

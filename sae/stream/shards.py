@@ -8,8 +8,10 @@ it keeps in memory serves it again. Mixing rows is the shuffle buffer's work.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from sae.stream.prefetch import Prefetched
 from sae.stream.rows import Block
 from sae.stream.shard_files import ShardFile
 
-PIECES_AHEAD = 4
+PIECES_AHEAD = 8
 SAMPLE_ROWS = 16_384
 SAMPLE_PIECES = 32
 # What a training run must share with the harvest, as data that it holds out must not be in there.
@@ -105,7 +107,7 @@ class ShardRows:
         self._order = _Order(self.manifest, seed, lane, n_lanes)
         self._place = _Place()
         self._reader = self._new_reader(resident_tokens)
-        self._blocks: Prefetched[tuple[_Place, Block]] | None = None
+        self._blocks: Prefetched[_Step, Block] | None = None
 
     @property
     def epoch(self) -> int:
@@ -113,12 +115,19 @@ class ShardRows:
         return self._place.epoch
 
     def next_block(self) -> Block:
-        """Return the rows of the next piece, in CPU memory."""
+        """Return the rows of the next piece that has some, in CPU memory."""
         if self._blocks is None:
-            items = _read_on(self._reader, self._order, self._place)
-            self._blocks = Prefetched(items, PIECES_AHEAD)
-        self._place, block = next(self._blocks)
-        return block
+            steps = _steps(self._order, self._place)
+            self._blocks = Prefetched(self._reader.of_step, steps, ahead=PIECES_AHEAD)
+        for _ in range(self._order.n_pieces + 1):
+            step, block = next(self._blocks)
+            self._place = step.place
+            if len(block.documents):
+                return block
+        raise ValueError(
+            "`data.max_norm_ratio` must leave some tokens; no norm in the shards is so small. "
+            "Raise it."
+        )
 
     def sample(self) -> Block:
         """Return up to 16,384 rows spread over all shards, the same for every lane and seed."""
@@ -181,6 +190,15 @@ class _Place:
     position: int = 0
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A piece to read, and the place behind it."""
+
+    place: _Place
+    shard: int
+    piece: int
+
+
 class _Order:
     """Which pieces a lane reads in an epoch, as (shard, piece)."""
 
@@ -194,6 +212,7 @@ class _Order:
             )
         self.counts, self.starts = counts.tolist(), (counts.cumsum(0) - counts).tolist()
         self.seed, self.lane, self.n_lanes = seed, lane, n_lanes
+        self.n_pieces = len(range(lane, int(counts.sum()), n_lanes))
 
     def of(self, epoch: int) -> list[tuple[int, int]]:
         order = torch.randperm(len(self.counts), generator=_generator(self.seed, epoch)).tolist()
@@ -207,7 +226,7 @@ class _Order:
 
 
 class _Reader:
-    """Reads pieces as blocks, keeps some, and checks each the first time."""
+    """Reads pieces as blocks, keeps some, and checks each the first time; for several threads."""
 
     def __init__(
         self,
@@ -222,26 +241,34 @@ class _Reader:
         self._kept: dict[tuple[int, int], Block] = {}
         self._checked: set[tuple[int, int]] = set()
         self._open: tuple[int, ShardFile] | None = None
+        self._lock = threading.Lock()
+
+    def of_step(self, step: _Step) -> Block:
+        """Return the rows of a step's piece that count; there may be none."""
+        return self.block(step.shard, step.piece)
 
     def block(self, shard: int, piece: int) -> Block:
         """Return a piece's rows that count; there may be none."""
         if (shard, piece) in self._kept:
             return self._kept[shard, piece]
         block = self._within_norms(self._read(shard, piece))
-        n = len(block.documents)
-        if n <= self.room:
-            self._kept[shard, piece] = block
-            self.room -= n
+        with self._lock:
+            self._checked.add((shard, piece))
+            if len(block.documents) <= self.room:
+                self._kept[shard, piece] = block
+                self.room -= len(block.documents)
         return block
 
+    def _file(self, shard: int) -> ShardFile:
+        with self._lock:
+            if self._open is None or self._open[0] != shard:
+                self._open = shard, ShardFile(self.folder, self.manifest.shards[shard])
+            return self._open[1]
+
     def _read(self, shard: int, piece: int) -> Block:
-        if self._open is None or self._open[0] != shard:
-            self._open = shard, ShardFile(self.folder, self.manifest.shards[shard])
-        file, check = self._open[1], (shard, piece) not in self._checked
+        file, check = self._file(shard), (shard, piece) not in self._checked
         rows = tuple(file.rows(piece, name, check=check) for name in self.names)
-        self._checked.add((shard, piece))
-        contexts = file.contexts(piece)
-        return Block(rows, contexts.document_ids[contexts.is_kept])
+        return Block(rows, file.documents(piece))
 
     def _within_norms(self, block: Block) -> Block:
         if self.max_norms is None:
@@ -252,21 +279,12 @@ class _Reader:
         return Block(tuple(rows[is_kept] for rows in block.rows), block.documents[is_kept])
 
 
-def _read_on(reader: _Reader, order: _Order, place: _Place) -> Iterator[tuple[_Place, Block]]:
-    """Yield all blocks behind `place` that have rows, each with the place behind it."""
-    epoch, position, n_empty = place.epoch, place.position, 0
+def _steps(order: _Order, place: _Place) -> Iterator[_Step]:
+    """Yield all pieces behind `place`."""
+    epoch, position = place.epoch, place.position
     while True:
-        pieces = order.of(epoch)
-        for done in range(position, len(pieces)):
-            block = reader.block(*pieces[done])
-            n_empty = 0 if len(block.documents) else n_empty + 1
-            if n_empty > len(pieces):
-                raise ValueError(
-                    "`data.max_norm_ratio` must leave some tokens; none of the shards' has a norm "
-                    "so small. Raise it."
-                )
-            if len(block.documents):
-                yield _Place(epoch, done + 1), block
+        for done, (shard, piece) in islice(enumerate(order.of(epoch)), position, None):
+            yield _Step(_Place(epoch, done + 1), shard, piece)
         epoch, position = epoch + 1, 0
 
 

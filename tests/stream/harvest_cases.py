@@ -1,8 +1,9 @@
 """A harvest of the tiny language model, and a program that harvests and is killed.
 
 As a program: `python harvest_cases.py CONFIG.yaml FOLDER SEED`. It opens the model once, and then
-harvests in children that are killed with signal 9: each before another of its writes, then at
-random times. It prints how many were killed, and how many shards these had left.
+harvests in children that are killed with signal 9, at a random one of their writes or at a random
+time, until one ends by itself. It prints how many were killed, and how many numbers of shards these
+had left.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sae.stream.manifest import MANIFEST, Manifest
 
 
 def configured(folder: Path, lm_folder: Path, text_file: Path, **changed: object) -> Config:
-    """Return a harvest of two hookpoints that takes about half a second: some 20 shards."""
+    """Return a harvest of two hookpoints that takes about half a second: some ten shards."""
     flat = {
         "model.name": str(lm_folder),
         "model.hookpoint": "model.layers.1, layers.2.mlp:in",
@@ -105,14 +106,16 @@ def main() -> None:
         harvesting.harvest(from_flat({"harvest.folder": str(folder)}, cfg), say=quiet)
 
     n_killed, left = 0, set()
-    for number in range(1, 10**6):
-        # Early writes first; later ones come about as shards are found in place.
-        arm = arm_write(1 + number % 23) if number % 3 else lambda: chance.uniform(0, seconds)
+    while True:
+        event = chance.randint(1, 40)  # a shard takes some twenty
+        arm = (
+            arm_write(event) if chance.random() < 0.7 else (lambda: chance.uniform(0, seconds / 4))
+        )
         if not killed(work, arm):
             break
         n_killed += 1
         left.add(len(Manifest.read(folder).shards) if (folder / MANIFEST).exists() else 0)
-    print(n_killed, len(left))
+    sys.stdout.write(f"{n_killed} {len(left)}\n")
 
 
 if __name__ == "__main__":

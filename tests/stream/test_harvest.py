@@ -16,6 +16,7 @@ from harvest_cases import configured, contents
 
 from sae.cli import main
 from sae.config import Config
+from sae.configuration import to_yaml
 from sae.stream import harvest as harvesting
 from sae.stream import harvest_size, shard_files
 from sae.stream.harvest import harvest
@@ -30,34 +31,42 @@ HOOKPOINTS = [Hookpoint("model.layers.1"), Hookpoint("model.layers.2.mlp", "in")
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _opened_once(tiny_lm_folder: Path):
-    """Load the tiny model once a module: loading takes longer than harvesting."""
-    honest, kept = harvesting.load_language_model, {}
+LOADED: dict[str, object] = {}
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load a model once: loading takes longer than harvesting."""
+    honest = harvesting.load_language_model
 
     def load(cfg, device):
-        key = (cfg.name, cfg.dtype)
-        kept[key] = kept.get(key) or honest(cfg, device)
-        return kept[key]
+        LOADED[cfg.name] = LOADED.get(cfg.name) or honest(cfg, device)
+        return LOADED[cfg.name]
 
-    harvesting.load_language_model = load
-    yield
-    harvesting.load_language_model = honest
+    monkeypatch.setattr(harvesting, "load_language_model", load)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory, tiny_text_file: Path) -> Path:
+    """The first 60 of the tiny text's documents, some 5,000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "short.jsonl"
+    path.write_text("\n".join(tiny_text_file.read_text().splitlines()[:60]))
+    return path
 
 
 @pytest.fixture
-def cfg(tmp_path: Path, tiny_lm_folder: Path, tiny_text_file: Path) -> Config:
-    return configured(tmp_path / "shards", tiny_lm_folder, tiny_text_file)
+def cfg(tmp_path: Path, tiny_lm_folder: Path, text_file: Path) -> Config:
+    return configured(tmp_path / "shards", tiny_lm_folder, text_file)
 
 
 @pytest.fixture
-def again(tmp_path: Path, tiny_lm_folder: Path, tiny_text_file: Path):
+def again(tmp_path: Path, tiny_lm_folder: Path, text_file: Path):
     """Return a function that gives the same configuration with changes."""
 
     def make(**changed: object) -> Config:
         folder = changed.pop("folder", tmp_path / "shards")
         assert isinstance(folder, Path)
-        return configured(folder, tiny_lm_folder, tiny_text_file, **changed)
+        return configured(folder, tiny_lm_folder, text_file, **changed)
 
     return make
 
@@ -143,7 +152,7 @@ def test_a_narrower_dtype_is_stored(again):
         assert torch.equal(rows, on_disk(plain, name)[0].bfloat16())
 
 
-def test_training_reads_what_was_harvested(again, tmp_path: Path):
+def test_training_reads_what_was_harvested(again):
     folder, _ = harvested(again())
     cfg = again(stream__shards=str(folder), model__hookpoint="model.layers.1")
     rows = open_shards(cfg, seed=1)
@@ -155,12 +164,11 @@ def test_training_reads_what_was_harvested(again, tmp_path: Path):
         open_shards(again(stream__shards=str(folder), data__context_size=24), seed=1)
 
 
-# --- killed and continued
+# --- Killed and continued.
 
 
-def test_killed_at_any_write_and_at_random_it_ends_in_the_same_bytes(cfg: Config, tmp_path: Path):
-    from sae.configuration import to_yaml
-
+def test_killed_at_any_write_and_at_random_it_ends_in_the_same_bytes(again, tmp_path: Path):
+    cfg = again(harvest__tokens=1500)
     folder, _ = harvested(cfg)
     (tmp_path / "cfg.yaml").write_text(to_yaml(cfg))
     script = Path(__file__).parent / "harvest_cases.py"
@@ -174,8 +182,8 @@ def test_killed_at_any_write_and_at_random_it_ends_in_the_same_bytes(cfg: Config
     )
     assert done.returncode == 0, done.stderr
     n_killed, n_places = map(int, done.stdout.split())
-    assert n_killed >= 8
-    assert n_places >= 4
+    assert n_killed >= 5
+    assert n_places >= 3
     assert contents(tmp_path / "killed") == contents(folder)
     assert contents(tmp_path / "killed.first") == contents(folder)
 
@@ -183,7 +191,7 @@ def test_killed_at_any_write_and_at_random_it_ends_in_the_same_bytes(cfg: Config
 @pytest.mark.parametrize("tokens", [None, 3000, 2 * 300])
 def test_a_harvest_cut_anywhere_continues_to_the_same_bytes(again, tokens: int | None):
     """As if killed between any two shards, the last ones too."""
-    cfg = again(harvest__tokens=tokens, harvest__shard_tokens=700 if tokens is None else 300)
+    cfg = again(harvest__tokens=tokens, harvest__shard_tokens=900 if tokens is None else 300)
     folder, _ = harvested(cfg)
     whole, manifest = contents(folder), Manifest.read(folder)
     for n in {0, 1, 2, len(manifest.shards) - 1, len(manifest.shards)}:
@@ -263,24 +271,23 @@ def test_another_harvest_is_refused_by_the_field_that_differs(again, changed, me
 
 
 def test_another_model_or_text_of_the_same_name_is_refused(
-    again, tmp_path: Path, tiny_lm_folder: Path, tiny_text_file: Path
+    again, tmp_path: Path, tiny_lm_folder: Path, text_file: Path
 ):
     copy, text = tmp_path / "lm", tmp_path / "text.jsonl"
     shutil.copytree(tiny_lm_folder, copy)
-    shutil.copy(tiny_text_file, text)
+    shutil.copy(text_file, text)
     changed = {"model__name": str(copy), "data__source": str(text)}
     harvested(again(**changed))
     lines = text.read_text().splitlines()
     text.write_text("\n".join([lines[0].replace("the", "thee"), *lines[1:]]))
-    with pytest.raises(ValueError, match="data.text was"):
+    with pytest.raises(ValueError, match=r"data.text was"):
         harvested(again(**changed))
-    shutil.copy(tiny_text_file, text)
+    shutil.copy(text_file, text)
     config = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(
-        config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
-    )
-    harvesting.load_language_model.__closure__  # noqa: B018
-    with pytest.raises(ValueError, match="model.config was"):
+    changed_config = config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    (copy / "config.json").write_text(changed_config)
+    LOADED.clear()
+    with pytest.raises(ValueError, match=r"model.config was"):
         harvested(again(**changed))
 
 
@@ -295,7 +302,7 @@ def test_a_folder_with_other_files_is_refused(cfg: Config, tmp_path: Path):
 def test_a_disk_too_small_is_refused_before_the_model_runs(
     again, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    folder, said = harvested(again(folder=tmp_path / "whole"))
+    folder, _ = harvested(again(folder=tmp_path / "whole"))
     size = sum(map(len, contents(folder).values()))
     monkeypatch.setattr(harvest_size.shutil, "disk_usage", lambda _: Usage(0, 0, size // 2))
     with monkeypatch.context() as patch:
@@ -330,7 +337,7 @@ def test_streamed_text_needs_a_number_of_tokens(again, monkeypatch: pytest.Monke
 
     rows = StreamedDocuments(None, "text", "hub/set")
     monkeypatch.setattr(harvesting, "open_documents", lambda _: rows)
-    with pytest.raises(ValueError, match="`harvest.tokens` must say"):
+    with pytest.raises(ValueError, match=r"`harvest.tokens` must say"):
         harvested(again(harvest__tokens=None))
 
 
@@ -351,7 +358,7 @@ def test_activations_that_are_not_finite_stop_it(cfg: Config, monkeypatch: pytes
         return captured
 
     monkeypatch.setattr(harvesting, "capture", broken)
-    with pytest.raises(NonFiniteActivationsError, match="`model.layers.2.mlp:in`"):
+    with pytest.raises(NonFiniteActivationsError, match=r"`model.layers.2.mlp:in`"):
         harvested(cfg)
     folder = Path(cfg.harvest.folder or "")
     manifest = Manifest.read(folder)
@@ -377,7 +384,7 @@ def test_the_verb_writes_to_the_named_folder_and_says_how_to_go_on(
     assert read_complete(tmp_path / "shards/mine").rows <= 1000
     assert "--stream.shards shards/mine" in capsys.readouterr().out
     main(["harvest", "mine.yaml", "--harvest.folder", "other", "--harvest.shard_tokens", "200"])
-    assert len(read_complete(tmp_path / "other").shards) > 2
+    assert len(read_complete(tmp_path / "other").shards) == 2
     assert len(read_complete(tmp_path / "shards/mine").shards) == 1
     with pytest.raises(SystemExit) as stopped:
         main(["harvest", "mine.yaml", "--data.context_size", "16"])
@@ -390,5 +397,5 @@ def test_names_are_chosen_by_pattern():
     assert choose_names("model.layers.*", names) == names[:2]
     assert choose_names("layers.1.mlp, layers.1:in", names) == names[2:]
     assert choose_names("", names) == names
-    with pytest.raises(ValueError, match="got 'layers.9'"):
+    with pytest.raises(ValueError, match=r"got 'layers.9'"):
         choose_names("layers.0, layers.9", names)

@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def test_a_shard_is_a_safetensors_file_named_by_its_content(tmp_path: Path, dtyp
     assert len(manifest.shards) == 2
     for index, entry in enumerate(manifest.shards):
         path = tmp_path / entry.file
-        assert shard_files.content_digest(path) == entry.name
+        assert path.stem == entry.name
         tensors = load_file(path)
         expected = [batch((3 * index + i) * 4 * T, 4, dtype) for i in range(3)]
         for place, name in enumerate(NAMES):
@@ -112,10 +112,23 @@ def test_a_checksum_shows_any_flipped_bit(data: bytes, bit: int):
     assert checksum(one) != checksum(other)
 
 
-def test_a_checksum_shows_blocks_that_changed_places():
-    rows = torch.randn(5 * 4096, generator=torch.Generator().manual_seed(0)).repeat(1)[:, None]
-    swapped = torch.cat([rows[8192:16384], rows[:8192], rows[16384:]])
+@pytest.mark.parametrize(("start", "n"), [(0, 8192), (2, 2), (0, 100), (8190, 4)])
+def test_a_checksum_shows_what_changed_places(start: int, n: int):
+    rows = torch.randn(5 * 8192, 1, generator=torch.Generator().manual_seed(0))
+    swapped = rows.clone()
+    swapped[start : start + n], swapped[start + n : start + 2 * n] = (
+        rows[start + n : start + 2 * n],
+        rows[start : start + n],
+    )
     assert checksum(rows) != checksum(swapped)
+
+
+def test_a_checksum_shows_flips_that_cancel_in_a_sum():
+    rows = torch.zeros(4096, 2, dtype=torch.int32)
+    rows[7, 0] = 1
+    other = torch.zeros_like(rows)
+    other[9, 0] = 1
+    assert checksum(rows) != checksum(other)
 
 
 # --- the stream
@@ -253,7 +266,7 @@ def wait_until_quiet(reads: list[int]) -> None:
 
 
 def test_what_fits_in_memory_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    n, ahead = n_pieces(folder), 2  # the queue's one and the one in the thread's hand
+    n, ahead = n_pieces(folder), 1
     first, *later = reads_of(folder, monkeypatch, len(all_ids()))
     assert first == n
     assert later == [0, 0]
@@ -267,38 +280,36 @@ def test_what_fits_in_memory_is_read_once(folder: Path, monkeypatch: pytest.Monk
 # --- reading ahead
 
 
-def test_an_error_of_the_reader_thread_is_raised_with_its_traceback():
-    def items() -> Iterator[int]:
-        yield 1
-        raise OSError(errno.EIO, "the cable is out")
+@pytest.mark.parametrize("kind", [OSError, SystemExit])
+def test_an_error_of_a_reader_thread_is_raised_with_its_traceback(kind: type[BaseException]):
+    def reading(item: int) -> int:
+        if item == 3:
+            raise kind("the cable is out")
+        return item * 10
 
-    ahead = Prefetched(items(), 2)
-    assert next(ahead) == 1  # pyright: ignore[reportArgumentType]
+    ahead = Prefetched(reading, count(), ahead=8)
+    assert [next(ahead)[1] for _ in range(3)] == [0, 10, 20]  # pyright: ignore
     for _ in range(2):
-        with pytest.raises(OSError, match="cable") as raised:
-            next(ahead)  # pyright: ignore[reportArgumentType]
-        assert any(entry.name == "items" for entry in raised.traceback)
+        with pytest.raises(kind, match="cable") as raised:
+            ahead.__next__()
+        assert any(entry.name == "reading" for entry in raised.traceback)
 
 
-def test_a_reader_thread_that_vanishes_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sae.stream.prefetch._read", lambda *_: None)
-    ahead: Prefetched[int] = Prefetched(iter(()), 1)
-    with pytest.raises(RuntimeError, match="ended without an error"):
-        ahead.__next__()
+def test_what_is_read_ahead_comes_in_order_whoever_is_faster():
+    def reading(item: int) -> int:
+        time.sleep(0.005 * (item % 3))
+        return -item
+
+    ahead = Prefetched(reading, count(), ahead=5, threads=4)
+    assert [ahead.__next__() for _ in range(20)] == [(i, -i) for i in range(20)]
 
 
 def test_reading_ahead_is_bounded_and_ends_with_its_consumer(folder: Path):
     seen: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(10**9):
-            seen.append(i)
-            yield i
-
-    ahead = Prefetched(items(), 3)
+    ahead = Prefetched(seen.append, count(), ahead=3)
     ahead.__next__()
     wait_until_quiet(seen)
-    assert len(seen) <= 1 + 3 + 1
+    assert sorted(seen) == [0, 1, 2, 3]
     del ahead
     rows = ShardRows(folder)
     rows.next_block()
@@ -307,7 +318,7 @@ def test_reading_ahead_is_bounded_and_ends_with_its_consumer(folder: Path):
     del rows
     gc.collect()
     deadline = time.monotonic() + 5
-    while any(t.name == "sae-prefetch" for t in threading.enumerate()):
+    while any(t.name.startswith("sae-prefetch") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

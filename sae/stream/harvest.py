@@ -25,7 +25,7 @@ from sae.config import Config
 from sae.configuration import flatten
 from sae.stream import shard_files
 from sae.stream.contexts import Contexts
-from sae.stream.documents import LocalDocuments, open_documents
+from sae.stream.documents import Documents, LocalDocuments
 from sae.stream.harvest_size import (
     Size,
     estimate_tokens,
@@ -36,11 +36,9 @@ from sae.stream.harvest_size import (
     text_digest,
     token_bytes,
 )
-from sae.stream.hookpoints import Hookpoint, capture, find_hookpoints, width
-from sae.stream.language_model import load_language_model
 from sae.stream.manifest import End, Manifest, differences
 from sae.stream.moments import Moments
-from sae.stream.opening import OpenedModel, _require_fitting_contexts, pick_device, require_complete
+from sae.stream.opening import OpenedModel, open_model, pick_device
 from sae.stream.shard_files import is_intact, split_pieces
 from sae.stream.shard_writer import (
     Draft,
@@ -71,10 +69,10 @@ def harvest(
     RuntimeError where the disk has too little room, before the model runs, or is full in the end.
     """
     require_one_process()
-    require_complete(cfg)
     folder = Path(cfg.harvest.folder or f"shards/{Path(cfg.run.folder or 'run').name}")
-    opened, hookpoints = _open(cfg)
-    plan = _Plan(opened, hookpoints)
+    device = pick_device(cfg.run.device)
+    opened = open_model(cfg, device, require=lambda documents: _require_an_end(documents, cfg))
+    plan = _Plan(opened)
     size = Size(
         token_bytes(plan.widths, plan.dtype),
         estimate_tokens(opened.documents, opened.lm.tokenizer, cfg),
@@ -105,12 +103,11 @@ def require_one_process() -> None:
 class _Plan:
     """What is harvested: where, from what, and in which portions."""
 
-    def __init__(self, opened: OpenedModel, hookpoints: Sequence[Hookpoint]) -> None:
-        self.opened, self.hookpoints = opened, hookpoints
-        lm, stream = opened.lm, opened.cfg.stream
-        self.widths = [width(lm.module, hookpoint, lm.device) for hookpoint in hookpoints]
+    def __init__(self, opened: OpenedModel) -> None:
+        self.opened, self.reader = opened, opened.reader()
+        stream = opened.cfg.stream
+        self.widths, self.names = list(self.reader.widths), list(self.reader.names)
         self.dtype = opened.lm.dtype if stream.dtype == "auto" else getattr(torch, stream.dtype)
-        self.names = [str(hookpoint) for hookpoint in hookpoints]
         self.shard_tokens = shard_tokens(opened.cfg, token_bytes(self.widths, self.dtype))
         self.tokens = opened.cfg.harvest.tokens
 
@@ -151,10 +148,9 @@ class _Plan:
     @torch.no_grad()
     def add(self, draft: Draft, contexts: Contexts) -> None:
         """Run the model on contexts and put what it computes on kept tokens into the draft."""
-        lm = self.opened.lm
-        captured = capture(lm.module, self.hookpoints, contexts.tokens)
-        is_kept = contexts.is_kept.to(lm.device)
-        rows = tuple(captured[h][is_kept].to(self.dtype) for h in self.hookpoints)
+        captured = self.reader.read(contexts.tokens)
+        is_kept = contexts.is_kept.to(captured[0].device)
+        rows = tuple(activations[is_kept].to(self.dtype) for activations in captured)
         for name, kept in zip(self.names, rows, strict=True):
             require_finite(kept, name, "of one forward pass")
         moments = [Moments.of(kept) for kept in rows]
@@ -249,18 +245,9 @@ def _within(contexts: Contexts, room: int | None) -> tuple[Contexts, bool]:
     return cut, bool(n < len(ends) or ends[-1] == room)
 
 
-def _open(cfg: Config) -> tuple[OpenedModel, list[Hookpoint]]:
-    """Open text and model; `model.hookpoint` may hold several patterns, separated by commas."""
-    device = pick_device(cfg.run.device)
-    documents = open_documents(cfg.data)
+def _require_an_end(documents: Documents, cfg: Config) -> None:
     if not isinstance(documents, LocalDocuments):
         require_tokens(cfg.harvest.tokens, cfg)
-    lm = load_language_model(cfg.model, device)
-    _require_fitting_contexts(cfg, lm)
-    patterns = [pattern.strip() for pattern in cfg.model.hookpoint.split(",")]
-    found = (hookpoint for p in patterns for hookpoint in find_hookpoints(lm.module, p))
-    hookpoints = list(dict.fromkeys(found))
-    return OpenedModel(cfg, lm, hookpoints[0], documents), hookpoints
 
 
 def _manifest_of(folder: Path, plan: _Plan) -> Manifest:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae.config import Config
+from sae.stream.content import Content, content_bytes
 from sae.stream.documents import Documents, LocalDocuments, is_held_out
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def estimate_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, cf
     wanted = cfg.harvest.tokens
     if not isinstance(documents, LocalDocuments):
         return require_tokens(wanted, cfg)
-    texts = [t for t in sample_texts(documents) if not is_held_out(t, cfg.data.held_out_fraction)]
-    beginnings = [text[:SAMPLE_CHARACTERS] for text in texts] or [" "]
-    ids: Any = tokenizer(beginnings, add_special_tokens=False, verbose=False)["input_ids"]
-    per_character = sum(map(len, ids)) / sum(map(len, beginnings))
+    fraction = cfg.data.held_out_fraction
+    sampled = [c for c in sample_documents(documents) if not is_held_out(c, fraction)] or [" "]
+    ids: Any = [content[:SAMPLE_CHARACTERS] for content in sampled]
+    n_read = sum(map(len, ids))
+    if cfg.data.content != "tokens":
+        ids = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
     share = len(documents) / min(len(documents), SAMPLE_DOCUMENTS)
-    there_are = max(1, round(sum(map(len, texts)) * per_character * share))
+    there_are = max(1, round(sum(map(len, sampled)) * sum(map(len, ids)) / n_read * share))
     return min(there_are, wanted or there_are)
 
 
@@ -82,10 +85,10 @@ def require_tokens(tokens: int | None, cfg: Config) -> int:
     return tokens
 
 
-def sample_texts(documents: LocalDocuments) -> list[str]:
-    """Return at most 512 documents, evenly spaced."""
+def sample_documents(documents: LocalDocuments) -> list[Content]:
+    """Return what at most 512 documents hold, evenly spaced."""
     n = min(len(documents), SAMPLE_DOCUMENTS)
-    return [documents[i * len(documents) // n] or "" for i in range(n)]
+    return [documents[i * len(documents) // n] for i in range(n)]
 
 
 def text_digest(documents: Documents) -> str | None:
@@ -93,8 +96,8 @@ def text_digest(documents: Documents) -> str | None:
     if not isinstance(documents, LocalDocuments):
         return None
     digest = hashlib.blake2b(str(len(documents)).encode(), digest_size=8)
-    for text in sample_texts(documents):
-        data = text.encode("utf-8", "surrogatepass")
+    for content in sample_documents(documents):
+        data = content_bytes(content)
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 

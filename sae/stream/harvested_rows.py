@@ -28,7 +28,8 @@ class HarvestedRows:
 
     def __init__(self, folder: Path) -> None:
         manifest = read_complete(folder)
-        if len(manifest.names) > 1:
+        name, *others = manifest.names
+        if others:
             raise ValueError(
                 f"`{folder}` must hold one hookpoint to be fitted; it holds "
                 f"{', '.join(manifest.names)}. Name one in `model.hookpoint` of a configuration, "
@@ -39,9 +40,9 @@ class HarvestedRows:
         files = [ShardFile(folder, entry) for entry in manifest.shards]
         for file in files:
             for piece in range(file.entry.pieces):
-                file.rows(piece, manifest.names[0])
+                file.rows(piece, name)
         self._ends = torch.tensor([entry.rows for entry in manifest.shards]).cumsum(0)
-        self._parts = [_mapped(file, manifest.names[0]) for file in files]
+        self._parts = [_mapped(file, name) for file in files]
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -35,10 +35,17 @@ class Lane:
     def make(self) -> None:
         """Have a block at hand: the rest of the last one, or the next of the stream.
 
-        Errors: ValueError where the text ends before the buffer was filled once.
+        Errors: ValueError where the text ends before the buffer was filled once, or where no row
+        of a whole pass counts.
         """
+        began = self.stream.epoch
         while self._block is None:
             self._require_enough_text()
+            if self.stream.epoch > began + 1:
+                raise ValueError(
+                    "`data.max_norm_ratio` must leave some tokens; in a whole pass no norm is at "
+                    f"most {self.max_norm}. Raise it."
+                )
             block = self._within_norm(self.stream.next_block())
             for name, rows in zip(self.stream.names, block.rows, strict=True):
                 require_finite(rows, name, "of one block")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,10 +68,16 @@ class OpenedModel:
         return self.contexts("held_out").batches(self.cfg.stream.sequences_per_forward)
 
 
-def open_model(cfg: Config, device: torch.device) -> OpenedModel:
-    """Open text and model of `cfg`; the text first, as opening it is quick and can be refused."""
+def open_model(
+    cfg: Config, device: torch.device, *, require: Callable[[Documents], None] = lambda _: None
+) -> OpenedModel:
+    """Open text and model of `cfg`; the text first, as opening it is quick and can be refused.
+
+    `require` may refuse the text before the model loads.
+    """
     require_complete(cfg)
     documents = open_documents(cfg.data)
+    require(documents)
     _require_same_tokenizer(cfg)
     if cfg.model.device != "auto":
         device = pick_device(cfg.model.device, "model.device")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae.config import Config
 from sae.configuration import flatten
@@ -48,7 +49,6 @@ def open_shards(cfg: Config, seed: int, lane: int = 0, n_lanes: int = 1) -> Shar
         lane=lane,
         n_lanes=n_lanes,
         resident_tokens=cfg.stream.resident_tokens // n_lanes,
-        max_norm_ratio=cfg.data.max_norm_ratio,
     )
 
 
@@ -75,8 +75,6 @@ class ShardRows:
         seed: fixes the order of shards in every epoch.
         lane, n_lanes: which pieces are read: all those whose number modulo n_lanes is lane.
         resident_tokens: rows that stay in memory once read; the rest is read anew each epoch.
-        max_norm_ratio: leave out tokens whose norm at any hookpoint exceeds this multiple of the
-            sample's median norm there.
 
     Errors: ValueError where the folder is no complete harvest, lacks a hookpoint, or has fewer
     pieces than lanes; DamagedShardError, at any block, where a shard is not what was written.
@@ -91,19 +89,14 @@ class ShardRows:
         lane: int = 0,
         n_lanes: int = 1,
         resident_tokens: int = 0,
-        max_norm_ratio: float | None = None,
     ) -> None:
         self.folder, self.manifest = Path(folder), read_complete(Path(folder))
         self.names = _known_names(self.folder, self.manifest, hookpoints)
         places = [self.manifest.names.index(name) for name in self.names]
         self.widths = tuple(self.manifest.widths[place] for place in places)
-        self.dtype = self.manifest.dtype
+        self.dtypes = (self.manifest.dtype,) * len(self.names)
         self.seed, self.lane, self.n_lanes = seed, lane, n_lanes
         self.resident_tokens = resident_tokens
-        self._max_norms: tuple[float, ...] | None = None
-        if max_norm_ratio is not None:
-            medians = [rows.float().norm(dim=1).median() for rows in self.sample().rows]
-            self._max_norms = tuple(max_norm_ratio * float(median) for median in medians)
         self._order = _Order(self.manifest, seed, lane, n_lanes)
         self._place = _Place()
         self._reader = self._new_reader(resident_tokens)
@@ -115,19 +108,13 @@ class ShardRows:
         return self._place.epoch
 
     def next_block(self) -> Block:
-        """Return the rows of the next piece that has some, in CPU memory."""
+        """Return the rows of the next piece, in CPU memory."""
         if self._blocks is None:
             steps = _steps(self._order, self._place)
             self._blocks = Prefetched(self._reader.of_step, steps, ahead=PIECES_AHEAD)
-        for _ in range(self._order.n_pieces + 1):
-            step, block = next(self._blocks)
-            self._place = step.place
-            if len(block.documents):
-                return block
-        raise ValueError(
-            "`data.max_norm_ratio` must leave some tokens; no norm in the shards is so small. "
-            "Raise it."
-        )
+        step, block = next(self._blocks)
+        self._place = step.place
+        return block
 
     def sample(self) -> Block:
         """Return up to 16,384 rows spread over all shards, the same for every lane and seed."""
@@ -159,14 +146,15 @@ class ShardRows:
 
     def metadata(self) -> dict[str, object]:
         """Return what SAELens calls the origin of a dictionary."""
-        one = len(self.names) == 1
-        max_norms = self._max_norms and list(self._max_norms)
         return {
             "model_name": self.manifest.identity["model.name"],
-            "hook_name": self.names[0] if one else list(self.names),
+            "hook_name": self.names[0],
             "context_size": self.manifest.identity["data.context_size"],
-            "max_norm": max_norms[0] if max_norms and one else max_norms,
         }
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return nothing: no model is loaded."""
+        return ()
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -175,11 +163,10 @@ class ShardRows:
             "seed": self.seed,
             "lane": self.lane,
             "n_lanes": self.n_lanes,
-            "max_norms": self._max_norms and list(self._max_norms),
         }
 
     def _new_reader(self, resident_tokens: int) -> _Reader:
-        return _Reader(self.folder, self.manifest, self.names, resident_tokens, self._max_norms)
+        return _Reader(self.folder, self.manifest, self.names, resident_tokens)
 
 
 @dataclass(frozen=True)
@@ -229,29 +216,24 @@ class _Reader:
     """Reads pieces as blocks, keeps some, and checks each the first time; for several threads."""
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        names: Sequence[str],
-        resident_tokens: int,
-        max_norms: Sequence[float] | None,
+        self, folder: Path, manifest: Manifest, names: Sequence[str], resident_tokens: int
     ) -> None:
         self.folder, self.manifest, self.names = folder, manifest, names
-        self.room, self.max_norms = resident_tokens, max_norms
+        self.room = resident_tokens
         self._kept: dict[tuple[int, int], Block] = {}
         self._checked: set[tuple[int, int]] = set()
         self._open: tuple[int, ShardFile] | None = None
         self._lock = threading.Lock()
 
     def of_step(self, step: _Step) -> Block:
-        """Return the rows of a step's piece that count; there may be none."""
+        """Return the rows of a step's piece."""
         return self.block(step.shard, step.piece)
 
     def block(self, shard: int, piece: int) -> Block:
-        """Return a piece's rows that count; there may be none."""
+        """Return a piece's rows."""
         if (shard, piece) in self._kept:
             return self._kept[shard, piece]
-        block = self._within_norms(self._read(shard, piece))
+        block = self._read(shard, piece)
         with self._lock:
             self._checked.add((shard, piece))
             if len(block.documents) <= self.room:
@@ -269,14 +251,6 @@ class _Reader:
         file, check = self._file(shard), (shard, piece) not in self._checked
         rows = tuple(file.rows(piece, name, check=check) for name in self.names)
         return Block(rows, file.documents(piece))
-
-    def _within_norms(self, block: Block) -> Block:
-        if self.max_norms is None:
-            return block
-        is_kept = torch.ones(len(block.documents), dtype=torch.bool)
-        for rows, max_norm in zip(block.rows, self.max_norms, strict=True):
-            is_kept &= rows.float().norm(dim=1) <= max_norm
-        return Block(tuple(rows[is_kept] for rows in block.rows), block.documents[is_kept])
 
 
 def _steps(order: _Order, place: _Place) -> Iterator[_Step]:

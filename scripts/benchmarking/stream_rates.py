@@ -125,6 +125,9 @@ class ReadyRows:
     def sample(self) -> Block:
         return self.block
 
+    def metadata(self) -> dict[str, object]:
+        return {}
+
 
 def hand_out(width: int, capacity: int, batch: int, n: int) -> Row:
     """Measure batches out of the buffer against a plain gather of as many random rows."""

@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarking.stream_rates import ReadyRows, Row, buffered
 from sae.config import Config
 from sae.configuration import from_flat
-from sae.stream.source import ActivationSource
 from sae.train.distributed import make_accelerator
 from sae.train.run import resolve
 from sae.train.steps import make_step
@@ -24,7 +22,7 @@ def waiting(cfg: Config, width: int, n_steps: int, refill: str) -> Row:
     stream: Any = ReadyRows(width, 2048, dtype, accelerator.device)
     source = buffered(stream, cfg, refill=refill)
     cfg = resolve(cfg, width, None, accelerator.device)
-    state = make_state(cfg, _Described(source), accelerator)
+    state = make_state(cfg, source, accelerator)
     step = make_step(cfg, state, accelerator)
     source.warm_up(lambda *_: None)
 
@@ -49,19 +47,3 @@ def waiting(cfg: Config, width: int, n_steps: int, refill: str) -> Row:
         "is_met": share <= 0.03,
         "note": f"d {width}, d_sae {8 * width}, {cfg.train.batch_tokens} tokens a step, rows ready",
     }
-
-
-class _Described:
-    """A source that says where it comes from, over one that does not know."""
-
-    def __init__(self, source: ActivationSource):
-        self._source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def metadata(self) -> dict[str, object]:
-        return {}
-
-    def next_batch(self, n: int) -> Tensor:
-        return self._source.next_batch(n)

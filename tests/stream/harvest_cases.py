@@ -96,8 +96,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cfg = from_flat(read_yaml(Path(sys.argv[1])))
     folder, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
-    opened = harvesting._open(cfg)
-    harvesting._open = lambda _: opened
+    opened = harvesting.open_model(cfg, torch.device("cpu"))
+    harvesting.open_model = lambda *_, **__: opened
     start = time.monotonic()
     harvesting.harvest(from_flat({"harvest.folder": f"{folder}.first"}, cfg), say=quiet)
     seconds = time.monotonic() - start

@@ -18,7 +18,7 @@ from sae.cli import main
 from sae.config import Config
 from sae.configuration import to_yaml
 from sae.stream import harvest as harvesting
-from sae.stream import harvest_size, shard_files
+from sae.stream import harvest_size, opening, reader, shard_files
 from sae.stream.harvest import harvest
 from sae.stream.harvest_size import Size, readable, token_bytes
 from sae.stream.hookpoints import Hookpoint, capture, choose_names
@@ -37,13 +37,13 @@ LOADED: dict[str, object] = {}
 @pytest.fixture(autouse=True)
 def _loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load a model once: loading takes longer than harvesting."""
-    honest = harvesting.load_language_model
+    honest = opening.load_language_model
 
     def load(cfg, device):
         LOADED[cfg.name] = LOADED.get(cfg.name) or honest(cfg, device)
         return LOADED[cfg.name]
 
-    monkeypatch.setattr(harvesting, "load_language_model", load)
+    monkeypatch.setattr(opening, "load_language_model", load)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def harvested(cfg: Config) -> tuple[Path, str]:
 
 def live(cfg: Config, hookpoint: Hookpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows and tokens that the model gives in one pass over the training text."""
-    opened, _ = harvesting._open(cfg)
+    opened = opening.open_model(cfg, torch.device("cpu"))
     rows, tokens = [], []
     for batch in opened.contexts("train").batches(cfg.stream.sequences_per_forward):
         captured = capture(opened.lm.module, [hookpoint], batch.tokens)[hookpoint]
@@ -336,7 +336,7 @@ def test_streamed_text_needs_a_number_of_tokens(again, monkeypatch: pytest.Monke
     from sae.stream.documents import StreamedDocuments
 
     rows = StreamedDocuments(None, "text", "hub/set")
-    monkeypatch.setattr(harvesting, "open_documents", lambda _: rows)
+    monkeypatch.setattr(opening, "open_documents", lambda _: rows)
     with pytest.raises(ValueError, match=r"`harvest.tokens` must say"):
         harvested(again(harvest__tokens=None))
 
@@ -348,7 +348,7 @@ def test_several_processes_are_refused(cfg: Config, monkeypatch: pytest.MonkeyPa
 
 
 def test_activations_that_are_not_finite_stop_it(cfg: Config, monkeypatch: pytest.MonkeyPatch):
-    honest, calls = harvesting.capture, []
+    honest, calls = reader.capture, []
 
     def broken(module, hookpoints, tokens):
         captured = honest(module, hookpoints, tokens)
@@ -357,7 +357,7 @@ def test_activations_that_are_not_finite_stop_it(cfg: Config, monkeypatch: pytes
             captured[hookpoints[1]][:, 5, 3] = float("nan")
         return captured
 
-    monkeypatch.setattr(harvesting, "capture", broken)
+    monkeypatch.setattr(reader, "capture", broken)
     with pytest.raises(NonFiniteActivationsError, match=r"`model.layers.2.mlp:in`"):
         harvested(cfg)
     folder = Path(cfg.harvest.folder or "")

@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from shard_cases import NAMES, WIDTHS, T, all_ids, batch, write_harvest
+from toy_rows import assert_resumes_exactly, buffered
 
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream import shard_files, shards
 from sae.stream.arrays import open_source
+from sae.stream.buffered import BufferedSource
 from sae.stream.manifest import MANIFEST, Manifest, read_complete
 from sae.stream.moments import Moments, merged
 from sae.stream.prefetch import Prefetched
@@ -519,7 +521,6 @@ def test_a_configuration_opens_its_hookpoints(configured_folder: Path):
         "model_name": "tiny",
         "hook_name": "model.layers.1:in",
         "context_size": T,
-        "max_norm": None,
     }
     with pytest.raises(ValueError, match=r"got 'layers.7', and there are: model.layers.0"):
         open_shards(configured(configured_folder, model__hookpoint="layers.7"), seed=0)
@@ -547,25 +548,28 @@ def test_resident_tokens_are_divided_among_lanes(configured_folder: Path):
     assert open_shards(configured(configured_folder), seed=0).resident_tokens == 0
 
 
-def test_the_norm_filter_leaves_out_large_rows(configured_folder: Path):
-    cfg = configured(configured_folder, data__max_norm_ratio=1.0)
-    rows, n = open_shards(cfg, seed=0), n_pieces(configured_folder)
-    max_norm = rows.metadata()["max_norm"]
-    assert isinstance(max_norm, float)
-    plain = ShardRows(configured_folder, NAMES[:1])
-    every = torch.cat([plain.next_block().rows[0] for _ in range(n)])
-    expected = every[every.norm(dim=1) <= max_norm][:, 0].int().tolist()
-    assert 0.3 < len(expected) / len(every) < 0.7
-    seen: list[int] = []
-    while rows.epoch == 0:
-        block = rows.next_block()
-        assert len(block.documents) == len(block.rows[0]) > 0
-        if rows.epoch == 0:
-            seen += ids(block)
-    assert sorted(seen) == sorted(expected)
-    none = ShardRows(configured_folder, NAMES[:1], max_norm_ratio=1e-9)
+def test_shards_fill_a_buffer_and_resume_exactly(configured_folder: Path):
+    """Over several epochs, with a norm filter, in two lanes."""
+
+    def make() -> BufferedSource:
+        cfg = configured(configured_folder)
+        lanes = {i: open_shards(cfg, seed=0, lane=i, n_lanes=2) for i in range(2)}
+        source = buffered(lanes, capacity=40, max_norm_ratio=1.5)
+        source.calibration_rows()
+        return source
+
+    assert_resumes_exactly(make, batch=26, stops=(0, 1, 5, 6, 13, 20))
+    source = make()
+    rows = torch.cat([source.next_batch(26) for _ in range(9)])
+    every = torch.tensor(all_ids())
+    assert source.max_norm is not None
+    assert rows.norm(dim=1).max() <= source.max_norm
+    assert len(rows[:, 0].unique()) > 0.5 * len(every)
+    none = make()
+    for lane in none.lanes.values():
+        lane.max_norm = 1e-9
     with pytest.raises(ValueError, match=r"data.max_norm_ratio.*Raise it"):
-        none.next_block()
+        none.next_batch(2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

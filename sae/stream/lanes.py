@@ -40,12 +40,12 @@ class Lane:
         """
         began = self.stream.epoch
         while self._block is None:
-            self._require_enough_text()
             if self.stream.epoch > began + 1:
                 raise ValueError(
                     "`data.max_norm_ratio` must leave some tokens; in a whole pass no norm is at "
                     f"most {self.max_norm}. Raise it."
                 )
+            self._require_enough_text()
             block = self._within_norm(self.stream.next_block())
             for name, rows in zip(self.stream.names, block.rows, strict=True):
                 require_finite(rows, name, "of one block")
@@ -119,7 +119,7 @@ class Lane:
 
     def _require_enough_text(self) -> None:
         """Refuse text whose first epoch ends before the buffer is full: it would hold copies."""
-        if self.buffer.is_filled or self.stream.epoch == 0:
+        if self.buffer.is_filled or self.stream.epoch == 0 or self.buffer.written == 0:
             return
         n_filled, capacity = self.buffer.written, self.buffer.capacity
         raise ValueError(

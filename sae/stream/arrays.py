@@ -68,7 +68,9 @@ class ArraySource:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.position = 0, 0
         self._order = self._permutation()
-        if rows.is_cuda:  # once for all: a check per batch would make every step wait
+        if (
+            isinstance(rows, Tensor) and rows.is_cuda
+        ):  # once for all: a check per batch would make every step wait
             require_finite(rows, name, "of the data")
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:

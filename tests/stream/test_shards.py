@@ -123,6 +123,16 @@ def test_a_checksum_shows_what_changed_places(start: int, n: int):
     assert checksum(rows) != checksum(swapped)
 
 
+def test_a_checksum_shows_the_highest_bit_of_every_word():
+    """An even weight would lose it."""
+    rows = torch.zeros(2, 2 * 4096, dtype=torch.int64)
+    nothing = checksum(rows)
+    for word in (0, 1, 2, 4095, 4096, 4097, 8192):
+        rows.view(-1)[word] = -(2**63)
+        assert checksum(rows) != nothing
+        rows.view(-1)[word] = 0
+
+
 def test_a_checksum_shows_flips_that_cancel_in_a_sum():
     rows = torch.zeros(4096, 2, dtype=torch.int32)
     rows[7, 0] = 1
@@ -566,6 +576,10 @@ def test_the_norm_filter_leaves_out_large_rows(configured_folder: Path):
     none = ShardRows(configured_folder, NAMES[:1], max_norm_ratio=1e-9)
     with pytest.raises(ValueError, match=r"data.max_norm_ratio.*Raise it"):
         none.next_block()
+    both = ShardRows(configured_folder, max_norm_ratio=1.0)
+    both._reader.max_norms = (0.0, 1e9)  # a row must be within the norms of all hookpoints
+    with pytest.raises(ValueError, match=r"data.max_norm_ratio"):
+        both.next_block()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

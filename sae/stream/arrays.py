@@ -71,9 +71,8 @@ class ArraySource:
         self.rows, self.name, self.d_in = rows.detach(), name, rows.shape[1]
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._begin_epoch(0)
-        if (
-            isinstance(rows, Tensor) and rows.is_cuda
-        ):  # once for all: a check per batch would make every step wait
+        # Once for all on a GPU: a check per batch would make every step wait.
+        if isinstance(rows, Tensor) and rows.is_cuda:
             require_finite(rows, name, "of the data")
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:

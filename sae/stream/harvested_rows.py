@@ -36,7 +36,7 @@ class HarvestedRows:
                 f"and train it with `--stream.shards {folder}`."
             )
         self.dtype = manifest.dtype
-        self.shape = (manifest.rows, manifest.widths[0])
+        self.shape: tuple[int, int] = (manifest.rows, manifest.widths[0])
         files = [ShardFile(folder, entry) for entry in manifest.shards]
         for file in files:
             for piece in range(file.entry.pieces):

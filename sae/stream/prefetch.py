@@ -2,12 +2,11 @@
 
 The items and their order are the consumer's; timing decides only who waits. An error in a thread is
 raised in the consumer, with the thread's traceback. The threads end when the consumer is closed or
-dropped.
+dropped, as those of a `ThreadPoolExecutor` do.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +39,6 @@ class Prefetched(Generic[Item, Result]):
         self._under_way: deque[tuple[Item, Future[Result]]] = deque()
         for _ in range(ahead):
             self._begin_next()
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def __next__(self) -> tuple[Item, Result]:
         """Return the next item and what was read for it.

@@ -19,6 +19,7 @@ from sae.config import Config
 from sae.configuration import to_yaml
 from sae.stream import harvest as harvesting
 from sae.stream import harvest_size, opening, reader, shard_files
+from sae.stream.contexts import Contexts
 from sae.stream.harvest import harvest
 from sae.stream.harvest_size import Size, readable, token_bytes
 from sae.stream.hookpoints import Hookpoint, capture, choose_names
@@ -135,6 +136,19 @@ def test_a_harvest_ends_at_its_tokens_with_whole_contexts(again):
         harvested(again(harvest__tokens=5))
 
 
+@pytest.mark.parametrize(
+    ("room", "n", "is_last"),
+    [(None, 3, False), (9, 3, False), (8, 3, True), (7, 2, True), (2, 0, True)],
+)
+def test_contexts_are_taken_while_they_fit(room: int | None, n: int, is_last: bool):
+    is_kept = torch.arange(4) < torch.tensor([3, 2, 3])[:, None]
+    tokens = torch.arange(12).reshape(3, 4)
+    cut, ended = harvesting._within(Contexts(tokens, tokens, is_kept), room)
+    assert torch.equal(cut.tokens, tokens[:n])
+    assert len(cut.is_kept) == len(cut.document_ids) == n
+    assert ended == is_last
+
+
 def test_text_that_ends_early_is_told_and_the_folder_is_complete(again):
     folder, said = harvested(again(harvest__tokens=10**7, harvest__shard_tokens=5000))
     manifest = read_complete(folder)
@@ -199,6 +213,7 @@ def test_a_harvest_cut_anywhere_continues_to_the_same_bytes(again, tokens: int |
         Manifest(manifest.identity, manifest.shards[:n], end).write(folder)
         (folder / shard_files.PARTIAL).write_bytes(b"half")
         (folder / f".{MANIFEST}.partial").write_bytes(b"half")
+        (folder / "0123456789abcdef.safetensors").write_bytes(b"not listed yet")
         _, said = harvested(cfg)
         assert contents(folder) == whole
         assert ("Continuing behind" in said) == (n > 0)
@@ -209,7 +224,7 @@ def test_a_finished_harvest_runs_no_model_and_changes_nothing(
 ):
     folder, _ = harvested(cfg)
     whole = contents(folder)
-    monkeypatch.setattr(harvesting, "capture", None)
+    monkeypatch.setattr(reader.Reader, "read", lambda *_: pytest.fail("the model ran"))
     _, said = harvested(cfg)
     assert contents(folder) == whole
     assert "holds" in said

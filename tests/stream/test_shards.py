@@ -125,6 +125,16 @@ def test_a_checksum_shows_what_changed_places(start: int, n: int):
     assert checksum(rows) != checksum(swapped)
 
 
+def test_a_checksum_shows_the_highest_bit_of_every_word():
+    """An even weight would lose it."""
+    rows = torch.zeros(2, 2 * 4096, dtype=torch.int64)
+    nothing = checksum(rows)
+    for word in (0, 1, 2, 4095, 4096, 4097, 8192):
+        rows.view(-1)[word] = -(2**63)
+        assert checksum(rows) != nothing
+        rows.view(-1)[word] = 0
+
+
 def test_a_checksum_shows_flips_that_cancel_in_a_sum():
     rows = torch.zeros(4096, 2, dtype=torch.int32)
     rows[7, 0] = 1

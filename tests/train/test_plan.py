@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,7 @@ def test_the_parts_of_memory_are_those_of_the_run(cfg: Config, planned: Plan, mo
         )
         return honest(cfg_, source, accelerator, **options)
 
-    import sae.train.run as running
-
+    running = import_module("sae.train.run")  # the package exports the function
     honest = running.train_coder
     monkeypatch.setattr(running, "train_coder", spied)
     run(cfg)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_names_the_field_to_change(planned: Plan, field: str, 
         tight = replace(tight, memory=planned.memory, disk={"checkpoints": 10**12})
     (problem,) = tight.problems()
     assert expected in problem
-    assert "1000.00 GB" in problem or "1001" in problem
+    assert "1000." in problem
 
 
 def test_every_part_of_memory_has_a_remedy(planned: Plan):

@@ -52,11 +52,16 @@ class Lane:
             if len(block.documents):
                 self._block, self._used = block, 0
 
-    def put(self) -> int:
-        """Move what fits of the block into the buffer; return the rows, for `filled` to count."""
+    @property
+    def n_fitting(self) -> int:
+        """Rows of the block that fit into the buffer."""
+        left = len(self._block.documents) - self._used if self._block is not None else 0
+        return min(self.buffer.room, left)
+
+    def put(self, n: int) -> None:
+        """Move n rows of the block, at most `n_fitting`, into the buffer; `filled` counts them."""
         block = self._block
         assert block is not None, "`make` comes first"
-        n = min(self.buffer.room, len(block.documents) - self._used)
         part = slice(self._used, self._used + n)
         self.buffer.put(tuple(rows[part] for rows in block.rows), block.documents[part])
         if self.stream.epoch == 0:
@@ -64,7 +69,6 @@ class Lane:
         self._used += n
         if self._used == len(block.documents):
             self._block = None
-        return n
 
     def filled(self, n: int) -> None:
         """Count the n rows that were moved."""

@@ -30,7 +30,9 @@ class InlineRefill:
         """Return once a spent cycle's slots are all filled, telling after every block."""
         while lane.buffer.room:
             lane.make()
-            lane.filled(lane.put())
+            n = lane.n_fitting
+            lane.put(n)
+            lane.filled(n)
             if tell is not None:
                 tell()
 
@@ -124,19 +126,26 @@ class ThreadRefill:
 
     def _step(self) -> None:
         """Make a block for the emptiest lane, wait for room, move what fits into every lane."""
+        with self._changed:
+            emptiest = max(self.lanes, key=lambda lane: lane.buffer.room)
         with self._moving:
-            max(self.lanes, key=lambda lane: lane.buffer.room).make()
+            emptiest.make()
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or any(_rooms(self.lanes)))
         with self._moving:
             for lane in self.lanes:
-                if lane.buffer.room and not self._is_closed:
+                if not self._is_closed:
                     self._move(lane)
 
     def _move(self, lane: Lane) -> None:
+        with self._changed:  # not while a cycle turns; and none turns before free slots are filled
+            if not lane.buffer.room:
+                return
         lane.make()
-        self._streams.write_after_reads()
-        n = lane.put()
+        with self._changed:
+            n = lane.n_fitting
+            self._streams.write_after_reads()
+        lane.put(n)
         with self._changed:
             self._streams.note_write()
             lane.filled(n)

@@ -131,7 +131,8 @@ def test_a_refill_copies_each_row_once():
     lane.make()
     lane.max_norm = None
     with CopiedElements() as copied:
-        n = lane.put()
+        n = lane.n_fitting
+        lane.put(n)
     assert n == 7 - 400 % 7
     assert copied.n == n * 64
 

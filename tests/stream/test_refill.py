@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_rows import CountingRows, buffered, ids, saved
 
+from sae.stream.buffer import ShuffleBuffer
 from sae.stream.refill import ThreadRefill
 
 
@@ -61,6 +62,31 @@ def test_a_thread_that_is_gone_is_no_hang():
     refill.close()
     with pytest.raises(RuntimeError, match="the thread that fills the shuffle buffer must live"):
         source.next_batch(500)
+
+
+def test_the_thread_never_sees_a_cycle_that_turns(monkeypatch: pytest.MonkeyPatch):
+    """However long turning takes: slots are counted only before or after it."""
+    honest, turning = ShuffleBuffer._begin, []
+
+    def slow(self, cycle):
+        turning.append(self)
+        self.position = self.written = 0
+        time.sleep(0.003)
+        honest(self, cycle)
+        turning.pop()
+
+    def counted(self):
+        assert self not in turning or threading.current_thread() is threading.main_thread()
+        return room.fget(self)
+
+    room = ShuffleBuffer.room
+    inline = buffered(CountingRows())
+    monkeypatch.setattr(ShuffleBuffer, "_begin", slow)
+    monkeypatch.setattr(ShuffleBuffer, "room", property(counted))
+    source = buffered(CountingRows(delay=1e-3), refill="thread")
+    for _ in range(40):
+        assert ids(source.next_batch(7)) == ids(inline.next_batch(7))
+    source.close()
 
 
 def test_closing_ends_the_thread():

@@ -37,11 +37,12 @@ class HarvestedRows:
         self.dtype = manifest.dtype
         self.shape: tuple[int, int] = (manifest.rows, manifest.widths[0])
         files = [ShardFile(folder, entry) for entry in manifest.shards]
+        name = next(iter(manifest.names))
         for file in files:
             for piece in range(file.entry.pieces):
-                file.rows(piece, manifest.names[0])
+                file.rows(piece, name)
         self._ends = torch.tensor([entry.rows for entry in manifest.shards]).cumsum(0)
-        self._parts = [_mapped(file, manifest.names[0]) for file in files]
+        self._parts = [_mapped(file, name) for file in files]
 
     def __len__(self) -> int:
         return self.shape[0]

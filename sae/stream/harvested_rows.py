@@ -38,6 +38,7 @@ class HarvestedRows:
         self.dtype = manifest.dtype
         self.shape: tuple[int, int] = (manifest.rows, manifest.widths[0])
         files = [ShardFile(folder, entry) for entry in manifest.shards]
+        name = next(iter(manifest.names))
         for file in files:
             for piece in range(file.entry.pieces):
                 file.rows(piece, name)

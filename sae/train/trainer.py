@@ -25,7 +25,7 @@ from sae.stream.source import ActivationSource, NonFiniteActivationsError
 from sae.train.adam import AdamState
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
 from sae.train.dead import DeadLatents
-from sae.train.distributed import mean_over_ranks, sum_over_ranks
+from sae.train.distributed import sum_over_ranks
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.metrics import MetricSums
 from sae.train.progress import TrainProgress
@@ -135,8 +135,8 @@ def calibrate(sample: Tensor, cfg: Config) -> Calibration:
             "activations must differ from one another; all tokens of the calibration sample are "
             "equal. Check the hookpoint or the data."
         )
-    b_dec = initial_b_dec(x, cfg.coder.b_dec_init).to(sample.device)
-    return Calibration(normaliser, variance, mean.float(), mean_over_ranks(b_dec))
+    b_dec = initial_b_dec(x, cfg.coder.b_dec_init, sum_over_ranks).to(sample.device)
+    return Calibration(normaliser, variance, mean.float(), b_dec)
 
 
 def loss_names(cfg: Config) -> tuple[str, ...]:

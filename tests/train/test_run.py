@@ -35,8 +35,10 @@ def test_a_run_leaves_a_folder_that_says_everything(tiny_config: Path):
     assert [row["step"] for row in rows] == list(range(3, 25, 3))
     assert set(rows[0]) == {
         *("step", "tokens", "loss", "reconstruction", "auxk", "fvu", "l0"),
-        *("dead_share", "lr", "tokens_per_second"),
+        *("dead_share", "lr", "tokens_per_second", "wait_share"),
+        *("same_document_pairs", "pairs_over_buffer", "pairs_over_text"),
     }
+    assert all(0 <= row["wait_share"] <= 1 for row in rows)
     assert rows[-1]["fvu"] < rows[0]["fvu"]
     resolved = read_run_config(folder)
     assert resolved.train.lr is not None
@@ -137,9 +139,9 @@ def test_nan_activations_name_the_hookpoint(
 def test_nan_in_mid_run_names_the_step_and_keeps_the_checkpoint(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import sae.stream.live as live
+    import sae.stream.reader as reader
 
-    honest, calls = live.capture, []
+    honest, calls = reader.capture, []
 
     def poisoned(module, hookpoints, tokens):
         captured = honest(module, hookpoints, tokens)
@@ -148,7 +150,7 @@ def test_nan_in_mid_run_names_the_step_and_keeps_the_checkpoint(
             captured[hookpoints[0]][0, 5] = float("nan")
         return captured
 
-    monkeypatch.setattr(live, "capture", poisoned)
+    monkeypatch.setattr(reader, "capture", poisoned)
     with pytest.raises(NonFiniteActivationsError, match=r"at step \d+: activations of `model"):
         run(configured(tiny_config))
     saved = sorted((tiny_config.parent / "run/checkpoints").iterdir())

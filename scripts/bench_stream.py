@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,9 @@ from benchmarking.stream_shards import read_rate, write_rate
 from benchmarking.stream_waiting import waiting
 
 from sae.config import Config
-from sae.configuration import from_command_line
+from sae.configuration import from_command_line, from_flat
 from sae.files import write_json, write_text
+from sae.stream.documents import open_documents
 from sae.stream.opening import OpenedModel, open_model, pick_device
 
 CONFIG = machine.ROOT / "configs" / "quickstart.yaml"
@@ -44,6 +46,11 @@ class Bench:
     @cached_property
     def opened(self) -> OpenedModel:
         return open_model(self.cfg, pick_device(self.cfg.run.device))
+
+    def with_all_text(self) -> OpenedModel:
+        """Return the model with all files of the source: the largest buffer needs many documents."""
+        cfg = from_flat({"data.subset": None}, self.cfg)
+        return replace(self.opened, cfg=cfg, documents=open_documents(cfg.data))
 
     @property
     def width(self) -> int:
@@ -82,8 +89,9 @@ def _shard_row(name: str, found: dict[str, Any], key: str, note: str) -> Row:
 
 
 def measure_mixing(bench: Bench) -> Iterator[Row]:
+    opened = bench.opened if bench.is_quick else bench.with_all_text()
     for capacity in (2**12,) if bench.is_quick else (2**14, 2**17, 2**20):
-        yield mixed(bench.opened, bench.cfg, capacity, min(4096, capacity // 4))
+        yield mixed(opened, bench.cfg, capacity, min(4096, capacity // 4))
 
 
 def measure_memory(bench: Bench) -> Iterator[Row]:

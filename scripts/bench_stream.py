@@ -39,17 +39,18 @@ HEADER = ("what", "measured", "limit", "unit", "ratio", "goal", "", "how")
 class Bench:
     """What the measures share: a configuration, its model once, and how long to measure."""
 
-    def __init__(self, config: Path, is_quick: bool, folder: Path):
-        self.config, self.is_quick, self.folder = config, is_quick, folder
-        self.cfg: Config = from_command_line([str(config)], "bench_stream")
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.config, self.is_quick, self.folder = options.config, options.quick, folder
+        self.subset: str | None = options.subset
+        self.cfg: Config = from_command_line([str(self.config)], "bench_stream")
 
     @cached_property
     def opened(self) -> OpenedModel:
         return open_model(self.cfg, pick_device(self.cfg.run.device))
 
-    def with_all_text(self) -> OpenedModel:
-        """Return the model with all files of the source: the largest buffer needs many documents."""
-        cfg = from_flat({"data.subset": None}, self.cfg)
+    def with_more_text(self) -> OpenedModel:
+        """Return the model with the text of `--subset`: a large buffer needs many documents."""
+        cfg = from_flat({"data.subset": self.subset}, self.cfg) if self.subset else self.cfg
         return replace(self.opened, cfg=cfg, documents=open_documents(cfg.data))
 
     @property
@@ -89,7 +90,7 @@ def _shard_row(name: str, found: dict[str, Any], key: str, note: str) -> Row:
 
 
 def measure_mixing(bench: Bench) -> Iterator[Row]:
-    opened = bench.opened if bench.is_quick else bench.with_all_text()
+    opened = bench.with_more_text()
     for capacity in (2**12,) if bench.is_quick else (2**14, 2**17, 2**20):
         yield mixed(opened, bench.cfg, capacity, min(4096, capacity // 4))
 
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     }
     path = free_path(options.out, f"{document['date']}-{machine.slug(device)}-stream")
     with TemporaryDirectory(dir=options.disk) as folder:
-        bench = Bench(options.config, options.quick, Path(folder))
+        bench = Bench(options, Path(folder))
         for name in options.only:
             for found in MEASURES[name](bench):
                 print(" | ".join(_cells(found)), flush=True)
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=machine.ROOT / "docs" / "benchmarks", help="where results go"
     )
     parser.add_argument("--disk", type=Path, help="a folder on the disk that is measured")
+    parser.add_argument("--subset", help="`data.subset` for mixing, which needs 2²⁰ tokens")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--commit", help="the commit, where the code is not in its repository")
     return parser

@@ -8,6 +8,7 @@ number of processes that divides the lanes.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -165,13 +166,13 @@ class BufferedSource:
     def log_values(self) -> dict[str, float]:
         """Return what the log says of the stream since the last call.
 
-        wait_share: share of the time for which the trainer waited for rows. See `mixing` for the
-        others.
+        wait_share: share of the time for which the trainer waited for rows. masked_REASON: share of
+        all tokens read so far that were left out for a reason. See `mixing` for the others.
         """
         now, (then, waited) = time.monotonic(), self._logged
         self._logged = (now, self.waited_seconds)
         share = (self.waited_seconds - waited) / max(now - then, 1e-9)
-        return {"wait_share": share, **mixing(list(self.lanes.values()))}
+        return {"wait_share": share, **self._masked(), **mixing(list(self.lanes.values()))}
 
     def model_bytes(self, device: torch.device) -> int:
         """Return the bytes of the models' weights on a kind of device."""
@@ -182,6 +183,13 @@ class BufferedSource:
     def close(self) -> None:
         """End the thread that fills the buffers, where there is one."""
         self.refill.close()
+
+    def _masked(self) -> dict[str, float]:
+        counts: Counter[str] = Counter()
+        for lane in self.lanes.values():
+            counts.update(lane.stream.token_counts())
+        n = counts.pop("read", 0)
+        return {f"masked_{reason}": count / n for reason, count in counts.items()} if n else {}
 
     def _take(self, lane: Lane, n: int) -> list[Rows]:
         parts = []

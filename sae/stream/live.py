@@ -72,6 +72,7 @@ class LiveRows:
         self.make_contexts, self.contexts = make_contexts, make_contexts()
         self.names, self.widths, self.dtypes = reader.names, reader.widths, reader.dtypes
         self._metadata = metadata
+        self._counts: dict[str, float] = {"read": 0}
 
     @property
     def epoch(self) -> int:
@@ -80,7 +81,9 @@ class LiveRows:
 
     def next_block(self) -> Block:
         """Return the kept rows of the next forward pass; an empty block where it keeps none."""
-        return self._block(self.contexts.next_batch(self.cfg.sequences_per_forward))
+        contexts = self.contexts.next_batch(self.cfg.sequences_per_forward)
+        self._count(contexts)
+        return self._block(contexts)
 
     def sample(self) -> Block:
         """Return the rows of the first `stream.calibration_sequences` contexts."""
@@ -92,12 +95,17 @@ class LiveRows:
         return Block(tuple(rows), torch.cat([block.documents for block in blocks]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the text."""
-        return self.contexts.state_dict()
+        """Return the place in the text, and the counts of tokens."""
+        return {**self.contexts.state_dict(), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit for bit from a saved place."""
         self.contexts.load_state_dict(state)
+        self._counts = dict(state["counts"])
+
+    def token_counts(self) -> dict[str, float]:
+        """Return how many tokens were read so far ("read"), and left out for each reason."""
+        return self._counts
 
     def weights(self) -> Iterator[Tensor]:
         """Yield the models' weights."""
@@ -107,6 +115,12 @@ class LiveRows:
     def metadata(self) -> dict[str, object]:
         """Return what SAELens calls the origin of a dictionary."""
         return {**self._metadata, "hook_name": self.names[0]}
+
+    def _count(self, contexts: Contexts) -> None:
+        n = contexts.tokens.numel()
+        shares = {"read": 1.0, **self.contexts.masked_shares(contexts)}
+        for name, share in shares.items():
+            self._counts[name] = self._counts.get(name, 0) + round(n * share)
 
     def _block(self, contexts: Contexts) -> Block:
         """Run the model; each kept activation is copied once, out of what the forward made."""

@@ -7,7 +7,7 @@ place; lane i of them is the same stream whichever process runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,6 +58,10 @@ class RowStream(Protocol):
 
         Errors: ValueError where it belongs to another stream.
         """
+        ...
+
+    def token_counts(self) -> Mapping[str, float]:
+        """Return how many tokens were read so far ("read"), and left out for each reason."""
         ...
 
     def weights(self) -> Iterable[Tensor]:

@@ -152,6 +152,10 @@ class ShardRows:
             "context_size": self.manifest.identity["data.context_size"],
         }
 
+    def token_counts(self) -> dict[str, float]:
+        """Return nothing: what was left out was left out by the harvest."""
+        return {}
+
     def weights(self) -> tuple[Tensor, ...]:
         """Return nothing: no model is loaded."""
         return ()

@@ -80,23 +80,28 @@ def live(opened: OpenedModel, cfg: Config, n: int) -> Row:
 def truncated(opened: OpenedModel, tokens: Tensor) -> Callable[[], None]:
     """Return a forward of the model's layers up to the deepest that is read, without hooks."""
     base: Any = opened.lm.module.base_model
-    deepest = max(_layer(hookpoint) for hookpoint in opened.hookpoints)
-    layers = base.layers
+    path, deepest = max(map(_layer, opened.hookpoints), key=lambda found: found[1])
+    parent, _, name = path.rpartition(".")
+    owner, layers = opened.lm.module.get_submodule(parent), opened.lm.module.get_submodule(path)
     there = tokens.to(opened.lm.device)
+    assert isinstance(layers, torch.nn.ModuleList)
 
     @torch.no_grad()
     def forward() -> None:
-        base.layers = layers[: deepest + 1]
+        setattr(owner, name, layers[: deepest + 1])
         try:
             base(there, use_cache=False)
         finally:
-            base.layers = layers
+            setattr(owner, name, layers)
 
     return forward
 
 
-def _layer(hookpoint: Hookpoint) -> int:
-    return next(int(part) for part in hookpoint.path.split(".") if part.isdigit())
+def _layer(hookpoint: Hookpoint) -> tuple[str, int]:
+    """Return the path of the list of layers that a hookpoint is in, and its number there."""
+    parts = hookpoint.path.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:place]), int(parts[place])
 
 
 def buffered(stream: Any, cfg: Config, **changes: Any) -> BufferedSource:
@@ -124,6 +129,9 @@ class ReadyRows:
 
     def sample(self) -> Block:
         return self.block
+
+    def token_counts(self) -> dict[str, float]:
+        return {}
 
     def metadata(self) -> dict[str, object]:
         return {}

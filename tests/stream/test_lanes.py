@@ -53,6 +53,12 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(before: int, 
     assert global_batches(then, 5) == expected[4:]
 
 
+def test_the_log_says_what_share_of_all_lanes_was_masked():
+    (source,) = on(1)
+    source.next_batch(12)
+    assert source.log_values()["masked_bos"] == 0.25
+
+
 def test_no_row_comes_twice():
     seen = [number for batch in global_batches(on(3), 40) for number in batch]
     assert len(set(seen)) == len(seen)

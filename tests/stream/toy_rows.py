@@ -65,6 +65,9 @@ class CountingRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made = state["made"]
 
+    def token_counts(self) -> dict[str, float]:
+        return {"read": 4 * self.made, "bos": self.made}
+
     def weights(self) -> list[Tensor]:
         return []
 

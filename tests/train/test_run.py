@@ -37,8 +37,11 @@ def test_a_run_leaves_a_folder_that_says_everything(tiny_config: Path):
         *("step", "tokens", "loss", "reconstruction", "auxk", "fvu", "l0"),
         *("dead_share", "lr", "tokens_per_second", "wait_share"),
         *("same_document_pairs", "pairs_over_buffer", "pairs_over_text"),
+        *("masked_padding", "masked_bos", "masked_first", "masked_special"),
     }
     assert all(0 <= row["wait_share"] <= 1 for row in rows)
+    assert 1 / 32 < rows[-1]["masked_bos"] < 0.1  # one a context of 32 tokens, and one a document
+    assert rows[-1]["masked_padding"] == rows[-1]["masked_first"] == 0
     assert rows[-1]["fvu"] < rows[0]["fvu"]
     resolved = read_run_config(folder)
     assert resolved.train.lr is not None

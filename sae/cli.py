@@ -1,4 +1,4 @@
-"""The command line: sae train | eval | report.
+"""The command line: sae train | plan | eval | report | harvest.
 
 Each verb is a function of the remaining arguments. A mistake of the user ends in one clear message
 and exit code 2, without a traceback.
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     from sae.config import Config
     from sae.evals.results import EvalResults
+    from sae.train.plan import Plan
 
 USAGE = """usage: sae VERB …
 
   sae train CONFIG.yaml [--section.key value …]    train a dictionary
+  sae plan CONFIG.yaml [--section.key value …]     say what training will cost
   sae eval RUN_OR_DICTIONARY [--evals a,b]         measure it on held-out text
   sae report RUN                                   write its report.html
+  sae harvest CONFIG.yaml [--section.key value …]  write activations to disk, to train from them
 
 `sae VERB --help` says more."""
 
@@ -62,6 +65,19 @@ def train(arguments: Sequence[str]) -> None:
         say(f"The dictionary is in {folder / 'final'}.")
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Say what training as CONFIG.yaml says will cost, from its first seconds."""
+    from sae.configuration import from_command_line
+
+    cfg = from_command_line(arguments, "sae plan")
+    from sae.train.plan import plan as planned
+
+    found = planned(cfg)
+    print_plan(found)
+    if problems := found.problems():
+        raise ValueError("the run does not fit. " + " ".join(problems))
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure a dictionary, write results.json, print the table."""
     place, flags = place_and_flags(arguments, EVAL_USAGE)
@@ -95,10 +111,24 @@ def report(arguments: Sequence[str]) -> None:
     say(f"Open {path} ({path.stat().st_size / 1e6:.1f} MB) in a browser.")
 
 
+def harvest(arguments: Sequence[str]) -> None:
+    """Write the activations that CONFIG.yaml and the command line name to disk, once."""
+    from sae.configuration import from_command_line
+
+    cfg = from_command_line(arguments, "sae harvest")
+    from sae.stream.harvest import harvest as write_shards
+
+    with progress_bar() as tell:
+        folder = write_shards(cfg, say=say, tell=tell)
+    say(f"Train on them with `--stream.shards {folder}`.")
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "report": report,
+    "harvest": harvest,
 }
 
 
@@ -185,6 +215,44 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
             bar.update(tasks[stage], completed=done)
 
         yield tell
+
+
+def print_plan(found: Plan) -> None:
+    """Print what a run will cost."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from sae.train.plan import gigabytes
+
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    processes = "" if found.n_processes == 1 else f" a process, of {found.n_processes}"
+    table.add_row(f"[bold]memory on {found.device}{processes}[/bold]")
+    for part, size in found.memory.items():
+        table.add_row(part, gigabytes(size))
+    table.add_row("peak", f"{gigabytes(found.peak)} of {gigabytes(found.memory_available)}")
+    table.add_section()
+    table.add_row("[bold]disk[/bold]")
+    for part, size in found.disk.items():
+        table.add_row(part, gigabytes(size))
+    table.add_row("free", gigabytes(found.disk_free))
+    table.add_section()
+    speed = found.speed
+    table.add_row("[bold]time, from a few seconds of it[/bold]")
+    table.add_row("activations", f"{speed.rows_per_second:,.0f} a second and process")
+    table.add_row("a step", f"{speed.step_seconds * 1e3:,.1f} ms")
+    table.add_row("tokens", f"{found.tokens:,} in {found.steps:,} steps")
+    table.add_row("in all", duration(found.seconds))
+    Console().print(table)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_results(results: EvalResults, cfg: Config) -> None:

@@ -11,14 +11,19 @@ line lives in `sae.configuration`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 ActivationName = Literal["topk", "relu"]
+BosName = Literal["document", "context", "none"]
+ContentName = Literal["text", "chat", "tokens"]
+ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
+NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
 TrackerName = Literal["wandb", "tensorboard"]
 
 
@@ -53,11 +58,28 @@ class ModelConfig:
 
     hookpoint: str = ""
     """Module path whose activations are read, such as `model.layers.8`; `*` globs; `:in` or `:out`
-    names the side (default out). Exactly one module must match."""
+    names the side (default out); commas separate several. Training one dictionary needs exactly
+    one module."""
+
+    other: str | None = None
+    """A second model that reads the same tokens, at the same hookpoints, for comparing the two; it
+    must have the same tokenizer."""
 
     dtype: DtypeName = "auto"
     """Precision of the model's weights; auto: bfloat16 where the device multiplies it natively,
     else float32."""
+
+    device: str = "auto"
+    """Device of the models: cpu, cuda or cuda:1; auto: beside the coder."""
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "model.device",
+            "must be auto, cpu, cuda or cuda:N",
+            self.device,
+            "Use auto.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +97,39 @@ class DataConfig:
     split: str = "train"
     """The split of a hub dataset or of a saved folder."""
 
-    text_column: str | None = None
-    """The column with the text; None takes the first of text, content, prompt that exists."""
+    content: ContentName = "text"
+    """What a document is: text; chat, messages with role and content (or ShareGPT's from and
+    value), written out by the tokenizer's chat template; tokens, token ids."""
+
+    column: str | None = None
+    """The column with the documents; None takes the first that exists of text, content, prompt
+    (text), messages, conversations, conversation (chat), input_ids, tokens (tokens)."""
 
     context_size: int = 256
     """Tokens in one context, BOS included."""
 
-    prepend_bos: bool = True
-    """Begin every context with the tokenizer's BOS token where it has one."""
+    contexts: ContextsName = "packed"
+    """packed lets documents follow each other in a context, so that none is wasted; document begins
+    a context with each document and pads its last one, on the right."""
+
+    bos: BosName = "document"
+    """Where the tokenizer's BOS token is put, where it has one: before every document and at each
+    context's start, at each context's start alone, or nowhere; never before another BOS."""
 
     mask: tuple[MaskName, ...] = ("bos", "first", "special")
     """Tokens left out of training and evaluation: BOS, each context's first position, other special
     tokens. Padding is always left out."""
+
+    exclude_tokens: tuple[int | str, ...] = ()
+    """More tokens left out of training and evaluation, though the model reads them: a number is a
+    token's id; text is one token, as the vocabulary spells it or as it reads."""
 
     max_norm_ratio: float | None = None
     """Leave out tokens whose activation norm exceeds this multiple of the median norm of the first
     activations; None keeps all."""
 
     held_out_fraction: float = 0.02
-    """Share of documents that training never sees, chosen by a hash of their text, in (0, 1)."""
+    """Share of documents that training never sees, chosen by a hash of them, in (0, 1)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -118,14 +154,22 @@ class StreamConfig:
     """The shuffle buffer between the language model and the coder."""
 
     buffer_tokens: int | None = None
-    """Activations held by the shuffle buffer, in tokens a process; None: the larger of 131,072 and
+    """Activations held by the shuffle buffer, in tokens a lane; None: the larger of 131,072 and
     64 contexts."""
+
+    lanes: int | None = None
+    """Parts that the text is divided into, each with its own buffer; None: one a process. A run can
+    be continued on any number of processes that divides it."""
 
     reuse: int = 1
     """Times each activation is handed out before it is replaced: 1 streams, more makes passes."""
 
     refill_fraction: float = 0.5
     """Share of the buffer replaced at a refill, in (0, 1]; 1 alternates whole buffers."""
+
+    refill: Literal["auto", "inline", "thread"] = "auto"
+    """Who refills the buffer: the trainer between two cycles, or a thread meanwhile; auto: a thread
+    where there is a GPU. Batches are the same."""
 
     sequences_per_forward: int = 16
     """Contexts in one forward pass of the language model."""
@@ -136,19 +180,28 @@ class StreamConfig:
     dtype: DtypeName = "auto"
     """Precision of stored activations; auto: the model's own."""
 
-    scale: Literal["none", "mean_norm"] = "mean_norm"
-    """Scaling of inputs while training; mean_norm makes the mean norm √d_in. Saved dictionaries
-    are always in raw units."""
+    normalisation: NormalisationName = "mean_norm"
+    """Units in which the coder is trained: mean_norm scales the mean norm to √d_in, standardise
+    and whiten centre and scale by dimension or by covariance, layer_norm by token. Saved
+    dictionaries work on raw activations."""
 
     calibration_sequences: int = 64
-    """Contexts looked at before training for the input scale, b_dec and the norm filter; the
+    """Contexts looked at before training for the normalisation, b_dec and the norm filter; the
     stream is not consumed by it."""
+
+    shards: str | None = None
+    """A folder that `sae harvest` wrote, read in place of running the model; None runs it."""
+
+    resident_tokens: int = 0
+    """Activations of `stream.shards`, in tokens over all processes, that stay in memory once read;
+    0 leaves it to the system's file cache."""
 
     def __post_init__(self) -> None:
         _require_positive(
             "stream",
             self,
             "buffer_tokens",
+            "lanes",
             "reuse",
             "sequences_per_forward",
             "calibration_sequences",
@@ -160,6 +213,31 @@ class StreamConfig:
             self.refill_fraction,
             "Use 0.5.",
         )
+        _require(
+            self.resident_tokens >= 0,
+            "stream.resident_tokens",
+            "must not be negative",
+            self.resident_tokens,
+            "Use 0 to keep nothing.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """What `sae harvest` writes to disk."""
+
+    folder: str | None = None
+    """Where the shards go; None: `shards/` and the name of the YAML file."""
+
+    tokens: int | None = None
+    """Kept tokens written at most; None: one whole pass over the training documents."""
+
+    shard_tokens: int | None = None
+    """Kept tokens after which a file ends, with the forward pass they are in; None: what makes
+    256 MiB."""
+
+    def __post_init__(self) -> None:
+        _require_positive("harvest", self, "tokens", "shard_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +453,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
     coder: CoderConfig = field(default_factory=CoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -18,6 +18,8 @@ import yaml
 from sae.config import Config
 
 CONFIG_FILE = "config.yaml"
+RENAMED = {"stream.scale": "stream.normalisation"}
+"""Keys that older run folders have under another name."""
 
 
 def dotted_keys(config_type: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,7 +106,8 @@ def read_run_config(folder: Path) -> Config:
             f"`{folder}` must be a run folder (with {CONFIG_FILE}); it is not. Give the folder "
             "that `sae train` printed."
         )
-    return from_flat(read_yaml(folder / CONFIG_FILE))
+    written = read_yaml(folder / CONFIG_FILE)
+    return from_flat({RENAMED.get(key, key): value for key, value in written.items()})
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,7 +208,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is tuple:
         members = typing.get_args(hint)
-        is_list = isinstance(value, (list, tuple)) and all(_fits(v, members[0]) for v in value)
+        is_list = isinstance(value, (list, tuple)) and all(
+            any(_fits(v, member) for member in _members(members[0])) for v in value
+        )
         return is_list and (members[-1] is Ellipsis or len(value) == len(members))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -74,7 +74,7 @@ def test_report_writes_one_file(finished_run: Path, capsys: pytest.CaptureFixtur
         (["eval", "{run}/final"], "`data.source` must name"),
         (["report", "/nowhere/at-all"], "must be a run folder"),
         (["eval", "{run}", "--model.hookpoint", "model.layers.2.mlp.up_proj"], "d_in"),
-        (["evla"], "the first word must be one of train, eval, report"),
+        (["evla"], "the first word must be one of train, plan, eval, report, harvest"),
     ],
 )
 def test_mistakes_end_with_one_message(

@@ -109,9 +109,23 @@ def test_command_line_suggests_the_near_key():
 
 
 def test_flag_forms():
-    cfg = from_command_line(["--data.no-prepend-bos", "--coder.d-sae=64"], "sae train")
-    assert cfg.data.prepend_bos is False
-    assert cfg.coder.d_sae == 64
+    cfg = from_command_line(["--data.context-size", "64", "--coder.d-sae=32"], "sae train")
+    assert cfg.data.context_size == 64
+    assert cfg.coder.d_sae == 32
+
+
+def test_excluded_tokens_are_ids_and_texts(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('data:\n  exclude_tokens: [13, "5", "\\n"]\n')
+    assert from_flat(read_yaml(path)).data.exclude_tokens == (13, "5", "\n")
+    flags = ["--data.exclude_tokens", "13", " the", "\n"]
+    cfg = from_command_line([str(path), *flags], "sae train")
+    assert cfg.data.exclude_tokens == (13, " the", "\n")
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(cfg))
+    assert from_flat(read_yaml(again)) == cfg
+    with pytest.raises(TypeError, match="exclude_tokens"):
+        from_flat({"data.exclude_tokens": [True]})
 
 
 def test_flatten_names_every_key():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sae.analysis.strongest import (
+    NO_TOKEN,
     Firings,
     Peaks,
     Top,
@@ -32,6 +33,7 @@ from sae.analysis.strongest import (
 )
 from sae.coder.latents import Latents
 from sae.stream.contexts import CapturedContexts
+from sae.stream.masks import PADDING_DOCUMENT
 
 HISTOGRAM_BINS = 128
 BINS_PER_OCTAVE = 4
@@ -146,7 +148,9 @@ class FeatureCollector:
             firings = list_firings(code, kept, batch.is_kept.numel())
             if len(firings.keys):
                 self._count(firings)
-                self._add_contexts(firings, batch.tokens.to(kept.device))
+                is_padding = batch.document_ids == PADDING_DOCUMENT
+                shown = batch.tokens.masked_fill(is_padding, NO_TOKEN)
+                self._add_contexts(firings, shown.to(kept.device))
         self.n_tokens += len(kept)
         self.n_sequences += len(batch.tokens)
 

@@ -6,6 +6,8 @@ With z the code of the activation x at a hookpoint and `edit` a change of the co
     splice, keep_error: x ← x + D(edit(z)) − D(z)     exactly x where the edit changes nothing
     steer:              x ← x + strength · d_k
 
+D and d_k are in the units of x (a coder with a layer norm has them by token).
+
 All are context managers around forwards, `generate` among them. The first position of a sequence is
 left as it is by splices: coders are trained without it (`data.mask`), and its activation is often a
 hundred times larger than others. A forward over several positions is taken for the start of its
@@ -31,14 +33,16 @@ CodeEdit = Callable[[Latents], Latents]
 
 
 class Coder(Protocol):
-    """A dictionary that encodes and decodes sparsely."""
+    """A dictionary that encodes sparsely and decodes in the units of the tokens given."""
 
     @property
     def W_dec(self) -> Tensor: ...
 
     def encode_sparse(self, x: Tensor, /) -> Latents: ...
 
-    def decode(self, latents: Latents, /) -> Tensor: ...
+    def decode_for(self, latents: Latents, x: Tensor, /) -> Tensor: ...
+
+    def direction_for(self, latent: int, x: Tensor, /) -> Tensor: ...
 
 
 class TokenLatents(NamedTuple):
@@ -67,9 +71,9 @@ def splice(
     def replace(activation: Tensor) -> Tensor:
         x = activation.to(coder.W_dec.dtype).flatten(0, -2)
         code = coder.encode_sparse(x)
-        x_hat = coder.decode(edit(code) if edit else code)
+        x_hat = coder.decode_for(edit(code) if edit else code, x)
         if keep_error:
-            x_hat = x + (x_hat - coder.decode(code))
+            x_hat = x + (x_hat - coder.decode_for(code, x))
         return _keep_first(activation, x_hat.to(activation.dtype).reshape(activation.shape))
 
     with hookpoints.edit(lm.module, _find(lm, hookpoint), replace):
@@ -98,10 +102,10 @@ def steer(
 ) -> Iterator[None]:
     """Add `strength` · d_latent at every position; strength is in units of its activation."""
     _check_latents(coder, [latent])
-    direction = strength * coder.W_dec[latent].detach()
 
     def push(activation: Tensor) -> Tensor:
-        return (activation + direction.to(activation.device)).to(activation.dtype)
+        direction = coder.direction_for(latent, activation).detach()
+        return (activation + strength * direction.to(activation.device)).to(activation.dtype)
 
     with hookpoints.edit(lm.module, _find(lm, hookpoint), push):
         yield

@@ -3,7 +3,7 @@
 latents = act((x − b_dec) W_encᵀ + b_enc),   x_hat = latents W_dec + b_dec
 
 Row j of W_enc and of W_dec belongs to latent j. Losses live in `losses`, files in `dictionary`,
-starting values in `initialisation`.
+starting values in `initialisation`, the way from a trained coder to raw activations in `raw_units`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sae_kernels
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.latents import Latents, SparseCode, from_dense, to_dense
+from sae.coder.layer_norm import layer_norm, token_moments, undo_layer_norm
 from sae.config import CoderConfig
 
 DEFAULT_EXPANSION_FACTOR = 8
@@ -28,6 +29,8 @@ class SparseCoder(nn.Module):
     Attributes:
         cfg: the resolved `CoderConfig` (d_sae is a number).
         metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
+        has_layer_norm: whether the coder norms every token that it is given (`layer_norm`). Then
+            the code and `decode` are in normed units; `decode_for` and the call give x's own.
         W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in).
         enc_shadow, dec_shadow: 16-bit copies of the weights for the fused step's matmuls and
             gathers. scratch: memory for a chunk of pre-activations. All are None everywhere but in
@@ -38,11 +41,19 @@ class SparseCoder(nn.Module):
     dec_shadow: Tensor | None = None
     scratch: Tensor | None = None
 
-    def __init__(self, d_in: int, cfg: CoderConfig, metadata: dict[str, object] | None = None):
+    def __init__(
+        self,
+        d_in: int,
+        cfg: CoderConfig,
+        metadata: dict[str, object] | None = None,
+        *,
+        has_layer_norm: bool = False,
+    ):
         super().__init__()
         self.cfg = resolve(cfg, d_in)
         self.d_in, self.d_sae = d_in, d_sae_of(self.cfg, d_in)
         self.metadata: dict[str, object] = dict(metadata or {})
+        self.has_layer_norm = has_layer_norm
         self.W_enc = nn.Parameter(torch.empty(self.d_sae, d_in))
         self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
@@ -79,24 +90,25 @@ class SparseCoder(nn.Module):
         return furnished
 
     def encode_training(self, x: Tensor) -> SparseCode | Tensor:
-        """Return the code of `x` (n, d_in) in the form that is cheapest to train through."""
+        """Return the code of `x` (n, d_in) in the form that is cheapest to train through.
+
+        `x` is taken as it is, never layer-normed: a trainer normalises on its own.
+        """
         return ACTIVATIONS[self.cfg.activation].encode_training(self, x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (…, d_sae) of `x` (…, d_in)."""
-        self._check_width(x)
-        dense = to_dense(self.encode_training(x.reshape(-1, self.d_in)), self.d_sae)
+        dense = to_dense(self.encode_training(self._rows(x)), self.d_sae)
         return dense.reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> Latents:
         """Return the sparse code of `x` (…, d_in); its slots are shared by all tokens given."""
-        self._check_width(x)
-        code = self.encode_training(x.reshape(-1, self.d_in))
+        code = self.encode_training(self._rows(x))
         latents = code if isinstance(code, Latents) else from_dense(to_dense(code, self.d_sae))
         return Latents(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in latents))
 
     def decode(self, latents: SparseCode | Tensor) -> Tensor:
-        """Return x_hat (…, d_in) from a sparse or a dense code."""
+        """Return x_hat (…, d_in) from a sparse or a dense code; see `decode_for` for its units."""
         if isinstance(latents, Tensor):
             return latents @ self.W_dec + self.b_dec
         return sae_kernels.sparse_decode(
@@ -107,16 +119,36 @@ class SparseCoder(nn.Module):
             offsets=latents.offsets if isinstance(latents, sae_kernels.Ragged) else None,
         )
 
+    def decode_for(self, latents: SparseCode | Tensor, x: Tensor) -> Tensor:
+        """Return x_hat (…, d_in) in the units of `x` (…, d_in), the tokens that the code is of.
+
+        The same as `decode`, but where the coder has a layer norm: then it is undone with each
+        token's own mean and deviation. Evaluations and interventions decode by this.
+        """
+        x_hat = self.decode(latents)
+        return undo_layer_norm(x_hat, x) if self.has_layer_norm else x_hat
+
+    def direction_for(self, latent: int, x: Tensor) -> Tensor:
+        """Return what one unit of `latent` adds to x_hat: (d_in), or (…, d_in) by token of `x`."""
+        row = self.W_dec[latent]
+        return row * token_moments(x)[1].to(row.device) if self.has_layer_norm else row
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of `x` (…, d_in)."""
-        self._check_width(x)
-        return self.decode(self.encode_training(x.reshape(-1, self.d_in))).reshape(x.shape)
+        """Return the reconstruction of `x` (…, d_in), in its units."""
+        code = self.encode_training(self._rows(x))
+        return self.decode_for(code, x.reshape(-1, self.d_in)).reshape(x.shape)
 
     def save(self, folder: str) -> None:
         """Write the dictionary to a folder that `sae.load` and SAELens open."""
         from sae.coder.dictionary import save_dictionary
 
         save_dictionary(self, folder)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return `x` (…, d_in) as what is encoded, (n, d_in)."""
+        self._check_width(x)
+        rows = x.reshape(-1, self.d_in)
+        return layer_norm(rows).to(self.b_dec.dtype) if self.has_layer_norm else rows
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
@@ -161,18 +193,3 @@ def project_decoder_gradient_(coder: SparseCoder) -> None:
     if grad is not None:
         with torch.no_grad():
             grad.addcmul_((grad * coder.W_dec).sum(1, keepdim=True), coder.W_dec, value=-1)
-
-
-def to_raw_units(coder: SparseCoder, scale: float) -> SparseCoder:
-    """Return a copy of `coder`, trained on scale · x, that works on x.
-
-    All activation functions here satisfy act(s·h) = s·act(h), so dividing both biases by the scale
-    makes the code s times smaller and leaves both weight matrices, and the unit decoder rows, as
-    they are.
-    """
-    raw = SparseCoder(coder.d_in, coder.cfg, coder.metadata)
-    raw.load_state_dict(coder.state_dict())
-    with torch.no_grad():
-        raw.b_enc.div_(scale)
-        raw.b_dec.div_(scale)
-    return raw

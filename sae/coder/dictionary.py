@@ -1,8 +1,8 @@
 """A dictionary's folder: `cfg.json` and `sae_weights.safetensors`, in SAELens v6 layout.
 
 SAELens opens the folder as it is. What that layout cannot say (our own `CoderConfig`) stands under
-its free-form metadata. Tensors on disk are W_enc (d_in, d_sae), W_dec (d_sae, d_in): W_enc is
-transposed here and nowhere else.
+its free-form metadata; `normalize_activations` there is our `has_layer_norm`. Tensors on disk are
+W_enc (d_in, d_sae), W_dec (d_sae, d_in): W_enc is transposed here and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from sae.files import new_folder, read_json, write_json, write_tensors
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 OUR_KEY = "sae_coder_config"
+LAYER_NORM = "layer_norm"  # SAELens' word, for SAELens' definition
 
 
 def save_dictionary(coder: SparseCoder, folder: str | Path) -> None:
     """Write `coder` to `folder`, replacing a dictionary that is there.
 
-    The coder must work on raw activations (see `to_raw_units`).
+    The coder must work on raw activations (see `raw_units`).
     Errors: ValueError where the folder holds something else.
     """
     folder = Path(folder)
@@ -64,7 +65,7 @@ def saelens_config(coder: SparseCoder) -> dict[str, object]:
         "dtype": str(coder.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "normalize_activations": LAYER_NORM if coder.has_layer_norm else "none",
         "reshape_activations": "none",
         **(extras if architecture == "topk" else {}),
         "metadata": {**coder.metadata, OUR_KEY: asdict(coder.cfg)},
@@ -79,7 +80,7 @@ def load_dictionary(folder: str | Path) -> SparseCoder:
     folder = Path(folder)
     config = read_config(folder / CFG_FILE)
     tensors = read_weights(folder / WEIGHTS_FILE)
-    coder = SparseCoder(config["d_in"], coder_config(config, folder), our_metadata(config))
+    coder = unfilled_coder(config, folder)
     _check_shapes(coder, tensors, folder / WEIGHTS_FILE)
     fill_(coder, config, tensors)
     return coder
@@ -106,6 +107,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def unfilled_coder(config: dict, folder: Path) -> SparseCoder:
+    """Return the coder that the `cfg.json` of `folder` means, its tensors still to be read.
+
+    Errors: ValueError for an architecture or a normalisation that is not known.
+    """
+    return SparseCoder(
+        config["d_in"],
+        coder_config(config, folder),
+        our_metadata(config),
+        has_layer_norm=_has_layer_norm(config, folder),
+    )
+
+
+def _has_layer_norm(config: dict, folder: Path) -> bool:
+    named = config.get("normalize_activations", "none")
+    if named not in ("none", LAYER_NORM):
+        raise ValueError(
+            f"`normalize_activations` in {folder / CFG_FILE} must be none or {LAYER_NORM}; got "
+            f"{named!r}. Fold the scale into the weights with SAELens "
+            "(fold_activation_norm_scaling_factor) and save again."
+        )
+    return named == LAYER_NORM
+
+
 def coder_config(config: dict, folder: Path) -> CoderConfig:
     """Return the `CoderConfig` that a `cfg.json` means."""
     if ours := config.get("metadata", {}).get(OUR_KEY):
@@ -116,12 +141,6 @@ def coder_config(config: dict, folder: Path) -> CoderConfig:
         raise ValueError(
             f"`architecture` in {folder / CFG_FILE} must be one of {sorted(names)}; "
             f"got {architecture!r}."
-        )
-    if config.get("normalize_activations", "none") != "none":
-        raise ValueError(
-            f"`normalize_activations` in {folder / CFG_FILE} must be none; got "
-            f"{config['normalize_activations']!r}. Fold the scale into the weights with SAELens "
-            "(fold_activation_norm_scaling_factor) and save again."
         )
     return CoderConfig(
         activation=names[architecture],  # pyright: ignore[reportArgumentType]

@@ -4,8 +4,8 @@ Four forward passes over the same contexts, which differ only in what is written
     clean      nothing is written
     spliced    x_hat                    at every token that is not masked
     ablated    0, or the mean of x      at the same tokens
-Masked tokens (BOS, padding, special, norm outliers: whatever `data.mask` and `max_norm` leave out)
-keep their own activation in all four.
+Masked tokens (BOS, padding, special, excluded, norm outliers: whatever `data.mask`,
+`data.exclude_tokens` and `max_norm` leave out) keep their own activation in all four.
 
 With CE the next token's negative log-probability in nats, means over the counted positions:
     ce_clean, ce_spliced, ce_ablated_zero, ce_ablated_mean

@@ -1,8 +1,8 @@
 """One face for whatever is evaluated: our coders, foreign ones, null models, plain objects.
 
-An object needs `encode` and `decode`; `encode_sparse` is used where it exists, and `d_in`, `d_sae`
-and `metadata` are read where they exist and found out where they do not. Tokens pass in chunks, so
-that a dense code never grows with the batch.
+An object needs `encode` and `decode`; `encode_sparse` and `decode_for` are used where they exist,
+and `d_in`, `d_sae` and `metadata` are read where they exist and found out where they do not. Tokens
+pass in chunks, so that a dense code never grows with the batch.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Evaluable:
         given = self._as_input(x)
         if hasattr(self.coder, "encode_sparse"):
             latents = self.coder.encode_sparse(given)
-            x_hat = self.coder.decode(latents)
+            x_hat = self._decode(latents, given)
         else:
             dense = self.coder.encode(given)
-            latents, x_hat = from_dense(dense), self.coder.decode(dense)
+            latents, x_hat = from_dense(dense), self._decode(dense, given)
         if not torch.isfinite(x_hat).all():
             raise ValueError(
                 "reconstructions must be finite; the dictionary gives NaN or infinity on finite "
@@ -77,6 +77,11 @@ class Evaluable:
         """Yield slices of n tokens, each small enough for its dense code."""
         size = max(DENSE_ELEMENTS // self.d_sae, 16)
         yield from (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+    def _decode(self, code: Latents | Tensor, x: Tensor) -> Tensor:
+        """Return x_hat in the units of x: a code alone cannot say them where tokens are normed."""
+        decode_for = getattr(self.coder, "decode_for", None)
+        return self.coder.decode(code) if decode_for is None else decode_for(code, x)
 
     def _find_d_sae(self) -> int:
         if not hasattr(self.coder, "encode"):

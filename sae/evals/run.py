@@ -140,7 +140,8 @@ class Shared:
         if self.seen.n_tokens == 0:
             raise ValueError(
                 "the contexts must hold tokens that are not masked; there were none. Give more "
-                "text, or mask fewer tokens (`data.mask`, `data.max_norm_ratio`)."
+                "text, or mask fewer tokens (`data.mask`, `data.exclude_tokens`, "
+                "`data.max_norm_ratio`)."
             )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sae.coder import SparseCoder, load_dictionary
-from sae.coder.dictionary import CFG_FILE, WEIGHTS_FILE, coder_config, our_metadata, read_config
+from sae.coder.dictionary import CFG_FILE, WEIGHTS_FILE, read_config, unfilled_coder
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
@@ -82,8 +82,7 @@ def load_state_dict_file(path: Path, *, allow_pickle: bool) -> SparseCoder:
     """Read `torch.save(coder.state_dict())`, whose `cfg.json` lies beside it."""
     if not path.with_name(CFG_FILE).exists():
         raise ValueError(f"`{path}` must lie beside its {CFG_FILE}; it is not there.")
-    config = read_config(path.with_name(CFG_FILE))
-    coder = SparseCoder(config["d_in"], coder_config(config, path.parent), our_metadata(config))
+    coder = unfilled_coder(read_config(path.with_name(CFG_FILE)), path.parent)
     state = _read_pickle(path, allow_pickle)
     try:
         coder.load_state_dict({name: state[name] for name in coder.state_dict()})

@@ -1,7 +1,8 @@
 """Activations that already exist: tensors, arrays, files, iterators of batches.
 
 What fits in memory or lies in a memory-mapped file is shuffled anew each epoch, its order a pure
-function of (seed, epoch). An iterator is taken in its own order.
+function of (seed, epoch), and several processes divide every batch of that one order among them. An
+iterator is taken in its own order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sae.stream.harvested_rows import HarvestedRows
+from sae.stream.manifest import is_harvest
 from sae.stream.source import SourceState, require_finite
 
 CALIBRATION_ROWS = 16_384
@@ -25,7 +28,8 @@ def open_source(activations: Any, *, seed: int = 0, rank: int = 0, world_size: i
 
     Args:
         activations: (n, d_in) tensor or array; a path to .npy, .safetensors (one tensor, or the one
-            named `activations`) or a folder of such files; or an iterable of (n, d_in) batches.
+            named `activations`), a folder of such files or one that `sae harvest` wrote; or an
+            iterable of (n, d_in) batches.
 
     Errors: ValueError or TypeError for what is none of these, is empty, or has other axes.
     """
@@ -50,9 +54,14 @@ def open_source(activations: Any, *, seed: int = 0, rank: int = 0, world_size: i
 
 
 class ArraySource:
-    """Rows of one (n, d_in) tensor, shuffled anew each epoch; an `ActivationSource`."""
+    """Rows of one (n, d_in) tensor, shuffled anew each epoch; an `ActivationSource`.
 
-    def __init__(self, rows: Tensor, name: str, seed: int, rank: int = 0, world_size: int = 1):
+    `position` counts the rows of the epoch that all processes have taken: they move together.
+    """
+
+    def __init__(
+        self, rows: Tensor | HarvestedRows, name: str, seed: int, rank: int = 0, world_size: int = 1
+    ):
         require_matrix(rows, name)
         if len(rows) < world_size:
             raise ValueError(
@@ -61,29 +70,26 @@ class ArraySource:
             )
         self.rows, self.name, self.d_in = rows.detach(), name, rows.shape[1]
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch, self.position = 0, 0
-        self._order = self._permutation()
-        if rows.is_cuda:  # once for all: a check per batch would make every step wait
+        self._begin_epoch(0)
+        # Once for all on a GPU: a check per batch would make every step wait.
+        if isinstance(rows, Tensor) and rows.is_cuda:
             require_finite(rows, name, "of the data")
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:
         """Do nothing: the rows are there."""
 
     def next_batch(self, n: int) -> Tensor:
-        """Return the next n rows, (n, d_in)."""
-        parts = []
-        while n > 0:
-            if self.position == len(self._order):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._permutation()
-            taken = self._order[self.position : self.position + n]
-            parts.append(self.rows[taken])
-            self.position += len(taken)
-            n -= len(taken)
-        batch = torch.cat(parts)
+        """Return this process's n of the next n · world_size rows, (n, d_in)."""
+        self._skip(self.rank * n)
+        batch = self.rows[self._take(n)]
+        self._skip((self.world_size - 1 - self.rank) * n)
         if not batch.is_cuda:
             require_finite(batch, self.name, "of one batch")
         return batch
+
+    def next_rows(self, n: int) -> tuple[Tensor, ...]:
+        """Return `next_batch` as the rows of a single hookpoint."""
+        return (self.next_batch(n),)
 
     def calibration_sample(self) -> Tensor:
         """Return up to 16,384 rows spread over the data."""
@@ -107,25 +113,51 @@ class ArraySource:
                 "a run must be resumed on the data it began with; it began with "
                 f"{state.position['data']}, now {self._identity()}."
             )
-        self.epoch, self.position = state.position["epoch"], state.position["position"]
-        self._order = self._permutation()
+        self._begin_epoch(state.position["epoch"])
+        self.position = state.position["position"]
 
     def metadata(self) -> dict[str, object]:
         """Return where the rows came from."""
         return {"hook_name": self.name}
 
+    def log_values(self) -> dict[str, float]:
+        """Return nothing: rows are there at once, in an order drawn over all of them."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
     def _identity(self) -> dict[str, float]:
         """Return what tells one data set from another: its shape and a sum over a sample."""
-        shape = {"n_rows": len(self.rows), "d_in": self.d_in}
-        share = {"rank": self.rank, "world_size": self.world_size, "seed": self.seed}
-        return {**shape, **share, "sum": float(self.calibration_sample().double().sum())}
+        shape = {"n_rows": len(self.rows), "d_in": self.d_in, "seed": self.seed}
+        return {**shape, "sum": float(self.calibration_sample().double().sum())}
+
+    def _take(self, n: int) -> Tensor:
+        """Return the indices of the next n rows in the order of all processes."""
+        parts = [self._order[:0]]
+        while n > 0:
+            if self.position == len(self._order):
+                self._begin_epoch(self.epoch + 1)
+            parts.append(self._order[self.position : self.position + n])
+            self.position += len(parts[-1])
+            n -= len(parts[-1])
+        return torch.cat(parts)
+
+    def _skip(self, n: int) -> None:
+        """Pass over the next n rows, which other processes take."""
+        while self.position + n > len(self._order):
+            n -= len(self._order) - self.position
+            self._begin_epoch(self.epoch + 1)
+        self.position += n
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.position = epoch, 0
+        self._order = self._permutation()
 
     def _permutation(self) -> Tensor:
-        """Return this process's rows of the epoch: every world_size-th of one global order."""
+        """Return the order of the epoch, the same for all processes."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (self.epoch + 1))
-        return torch.randperm(len(self.rows), generator=generator)[self.rank :: self.world_size].to(
-            self.rows.device
-        )
+        return torch.randperm(len(self.rows), generator=generator).to(self.rows.device)
 
 
 class IteratorSource:
@@ -148,6 +180,10 @@ class IteratorSource:
             self.pending = torch.cat([self.pending, self._pull()])
         batch, self.pending = self.pending[:n], self.pending[n:]
         return batch
+
+    def next_rows(self, n: int) -> tuple[Tensor, ...]:
+        """Return `next_batch` as the rows of a single hookpoint."""
+        return (self.next_batch(n),)
 
     def calibration_sample(self) -> Tensor:
         """Return up to 16,384 first rows, which stay in line to be trained on."""
@@ -173,6 +209,13 @@ class IteratorSource:
         """Return nothing: an iterator has no origin."""
         return {}
 
+    def log_values(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
     def _pull(self) -> Tensor:
         rows = torch.as_tensor(self._next()).detach()
         require_matrix(rows, self.name)
@@ -193,7 +236,7 @@ class EndOfActivationsError(ValueError):
     """An iterator ended before the run did."""
 
 
-def require_matrix(rows: Tensor, name: str) -> None:
+def require_matrix(rows: Tensor | HarvestedRows, name: str) -> None:
     """Refuse what is not a non-empty floating (n, d_in) matrix."""
     if rows.ndim != 2 or 0 in rows.shape or not rows.is_floating_point():
         raise ValueError(
@@ -203,16 +246,24 @@ def require_matrix(rows: Tensor, name: str) -> None:
         )
 
 
-def read_rows(path: Path) -> Tensor:
+def read_rows(path: Path) -> Tensor | HarvestedRows:
     """Read (n, d_in) rows from a .npy or .safetensors file, or a folder of them, in name order.
 
-    A .npy file is memory-mapped. Pickled arrays are refused.
+    A .npy file is memory-mapped, and so is a folder that `sae harvest` wrote. Pickled arrays are
+    refused.
     """
+    if is_harvest(path):
+        return HarvestedRows(path)
+    return read_files(path)
+
+
+def read_files(path: Path) -> Tensor:
+    """Read rows as `read_rows` does, of anything but a harvest."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in READERS)
         if not files:
             raise ValueError(f"`{path}` must hold {' or '.join(READERS)} files; it holds none.")
-        return torch.cat([read_rows(file) for file in files])
+        return torch.cat([read_files(file) for file in files])
     if not path.exists():
         raise ValueError(f"`activations` must be a path that exists; {path} is not there.")
     if path.suffix not in READERS:

@@ -1,110 +1,162 @@
-"""The shuffle buffer: rows go in as the model makes them and come out mixed.
+"""The shuffle buffer: rows go in as they are made and come out mixed.
 
-The buffer works in cycles. A cycle picks R = refill_fraction · capacity slots at random, hands
-their rows out `reuse` times over, each time in a new order, and then replaces them. With reuse 1
-and half the buffer replaced this is the usual shuffle buffer: a row waits a random number of
-cycles, so neighbours in the text part ways.
+The buffer works in cycles. A cycle picks R = refill_fraction · capacity slots at random and hands
+their rows out `reuse` times over, each time in a new order. Each row of the last of these passes
+frees its slot for the next row of the stream, which comes out from the next cycle on. So batches do
+not depend on how soon a free slot is filled: at the cycle's end, or meanwhile by another thread.
 
-Which rows come when is a pure function of (seed, cycle, position): the permutations are made once a
-cycle, and a batch is one gather. Knows nothing of models or text.
+With reuse 1 and half the buffer replaced this is the usual shuffle buffer: a row waits a random
+number of cycles, so neighbours in the text part ways. Which rows come when is a pure function of
+(seed, cycle, position): the permutations are made once a cycle, and a batch is one gather. Knows
+nothing of models or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-FillRows = Callable[[int], Tensor]
+Rows = tuple[Tensor, ...]
+DOCUMENTS = "documents"
 
 
 class ShuffleBuffer:
-    """Hand out rows of (capacity, width) storage in mixed order.
+    """Rows of one or several hookpoints, which stay together, in `capacity` slots.
+
+    One thread may `put` while another takes; `turn` needs both at rest.
 
     Args:
-        fill: gives the next n rows, (n, width), whenever the buffer needs them.
-        capacity, width: rows held, and their width.
+        widths, dtypes: of each hookpoint's rows.
         reuse: times that each row is handed out. refill_fraction: share replaced a cycle.
+
+    Attributes:
+        storage: (capacity, width) a hookpoint. documents: (capacity) int64 on CPU, where the row in
+            each slot is from. cycle: −1 while the buffer is filled for the first time.
     """
 
     def __init__(
         self,
-        fill: FillRows,
         capacity: int,
-        width: int,
+        widths: Sequence[int],
+        dtypes: Sequence[torch.dtype],
         *,
         seed: int,
         reuse: int = 1,
         refill_fraction: float = 0.5,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.fill, self.capacity, self.seed, self.reuse = fill, capacity, seed, reuse
+        self.capacity, self.seed, self.reuse = capacity, seed, reuse
         self.rows_replaced = max(1, round(capacity * refill_fraction))
-        self.storage = torch.empty(capacity, width, dtype=dtype, device=device)
-        self.is_filled = False
-        self.cycle, self.position = 0, 0
-        self._slots, self._order = self._plan(0)
+        self.device = torch.device(device)
+        # A GPU reads what lies in page-locked memory without waiting for the host.
+        self.is_pinned = self.device.type == "cpu" and torch.cuda.is_available()
+        self.storage = tuple(
+            torch.empty(capacity, width, dtype=dtype, device=device, pin_memory=self.is_pinned)
+            for width, dtype in zip(widths, dtypes, strict=True)
+        )
+        self.documents = torch.full((capacity,), -1, dtype=torch.int64)
+        self.last_documents = self.documents[:0]
+        self._begin(-1)
 
-    def warm_up(self) -> None:
-        """Fill the buffer, unless it is."""
-        if not self.is_filled:
-            self._write(torch.arange(self.capacity))
-            self.is_filled = True
+    @property
+    def is_filled(self) -> bool:
+        """Whether every slot has been filled once."""
+        return self.cycle >= 0
 
-    def next_batch(self, n: int) -> Tensor:
-        """Return the next n rows, (n, width), as a new tensor."""
-        self.warm_up()
-        parts = []
-        while n > 0:
-            if self.position == len(self._order):
-                self._refill()
-            taken = self._order[self.position : self.position + n]
-            parts.append(self.storage[taken])
-            self.position += len(taken)
-            n -= len(taken)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    @property
+    def room(self) -> int:
+        """Free slots."""
+        return max(0, self.position - self._first_freeing) - self.written
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the cycle has handed out all that it can."""
+        return self.position == len(self._order)
+
+    def put(self, rows: Rows, documents: Tensor) -> None:
+        """Fill as many free slots as there are rows, (n, width) a hookpoint; n at most `room`.
+
+        They are full once `filled` is told.
+        """
+        slots = self._freed[self.written : self.written + len(documents)]
+        there = slots.to(self.device, non_blocking=True)
+        for storage, new in zip(self.storage, rows, strict=True):
+            storage.index_copy_(0, there, new.to(self.device, storage.dtype))
+        self.documents[slots] = documents
+
+    def filled(self, n: int) -> None:
+        """Count the n slots that `put` filled last."""
+        self.written += n
+
+    def take(self, n: int) -> Rows:
+        """Return the next rows as new tensors, n or what the cycle still has.
+
+        Their slots are free once `taken` is told.
+        """
+        slots = self._order[self.position : self.position + n]
+        self.last_documents = self.documents[slots]
+        there = self._order_there[self.position : self.position + n]
+        return tuple(self._gather(storage, there) for storage in self.storage)
+
+    def taken(self, n: int) -> None:
+        """Free the slots of the n rows that were taken last."""
+        self.position += n
+
+    def turn(self) -> None:
+        """Begin the next cycle: all is handed out, and all that was freed is filled."""
+        assert self.is_spent
+        assert self.room == 0
+        self._begin(self.cycle + 1)
 
     def position_dict(self) -> dict[str, int]:
-        """Return where the buffer stands; with `storage` it is the whole state."""
-        return {"cycle": self.cycle, "position": self.position, "is_filled": int(self.is_filled)}
+        """Return where the buffer stands; with `tensors` it is the whole state."""
+        return {"cycle": self.cycle, "position": self.position, "written": self.written}
 
-    def load(self, position: Mapping[str, int], storage: Tensor) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what it holds, by name; live tensors, not copies."""
+        return {str(i): s for i, s in enumerate(self.storage)} | {DOCUMENTS: self.documents}
+
+    def load(self, position: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         """Continue from a saved state, bit for bit.
 
         Errors: ValueError where the storage has another shape.
         """
-        wanted, given = (
-            (tuple(s.shape), str(s.dtype).removeprefix("torch.")) for s in (self.storage, storage)
-        )
-        if given != wanted:
-            raise ValueError(
-                f"the saved buffer must have shape and dtype {wanted}; got {given}. "
-                "Resume with the `stream` settings of the saved run."
+        for name, mine in self.tensors().items():
+            saved = tensors[name]
+            given, wanted = ((tuple(t.shape), str(t.dtype)) for t in (saved, mine))
+            if given != wanted:
+                raise ValueError(
+                    f"the saved buffer must have shape and dtype {wanted}; got {given}. "
+                    "Resume with the `stream` settings of the saved run."
+                )
+            mine.copy_(saved)
+        self._begin(position["cycle"])
+        self.position, self.written = position["position"], position["written"]
+
+    def _gather(self, storage: Tensor, slots: Tensor) -> Tensor:
+        if not self.is_pinned:
+            return storage.index_select(0, slots)
+        shape = (len(slots), storage.shape[1])
+        batch = torch.empty(shape, dtype=storage.dtype, pin_memory=True)
+        return torch.index_select(storage, 0, slots, out=batch)
+
+    def _begin(self, cycle: int) -> None:
+        """Plan a cycle: in which order rows come, and in which slots are freed by it."""
+        self.cycle, self.position, self.written = cycle, 0, 0
+        if cycle < 0:  # nothing to hand out yet, and every slot is free
+            self._order, self._freed = (
+                torch.empty(0, dtype=torch.int64),
+                torch.arange(self.capacity),
             )
-        self.storage.copy_(storage)
-        self.is_filled = bool(position["is_filled"])
-        self.cycle, self.position = position["cycle"], position["position"]
-        self._slots, self._order = self._plan(self.cycle)
-
-    def _refill(self) -> None:
-        self._write(self._slots)
-        self.cycle, self.position = self.cycle + 1, 0
-        self._slots, self._order = self._plan(self.cycle)
-
-    def _write(self, slots: Tensor) -> None:
-        """Fill `slots` piece by piece, so that no second copy of the buffer is ever held."""
-        done = 0
-        while done < len(slots):
-            rows = self.fill(len(slots) - done)
-            target = slots[done : done + len(rows)].to(self.storage.device)
-            self.storage[target] = rows.to(self.storage.device, self.storage.dtype)
-            done += len(rows)
-
-    def _plan(self, cycle: int) -> tuple[Tensor, Tensor]:
-        """Return the slots of a cycle and the order in which their rows are handed out."""
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (cycle + 1))
-        slots = torch.randperm(self.capacity, generator=generator)[: self.rows_replaced]
-        passes = [slots[torch.randperm(len(slots), generator=generator)] for _ in range(self.reuse)]
-        return slots, torch.cat(passes).to(self.storage.device)
+            self._first_freeing = -self.capacity
+        else:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (cycle + 1))
+            slots = torch.randperm(self.capacity, generator=generator)[: self.rows_replaced]
+            passes = [
+                slots[torch.randperm(len(slots), generator=generator)] for _ in range(self.reuse)
+            ]
+            self._order, self._freed = torch.cat(passes), passes[-1]
+            self._first_freeing = len(self._order) - len(slots)
+        self._order_there = self._order.to(self.device)

@@ -2,11 +2,12 @@
 
 Local text is visited in a permutation of its documents; a hub dataset is streamed in its own order,
 with its files permuted. A rank's share is every `world_size`-th place of that order. Which side of
-the train/held-out split a document falls on depends on nothing but its text:
+the train/held-out split a document falls on depends on nothing but what it holds:
 
-    held out  ⇔  blake2b(text) / 2⁶⁴ < fraction
+    held out  ⇔  blake2b(content) / 2⁶⁴ < fraction
 
-Reading the formats of files is `sae.stream.text_files`; tokens are `sae.stream.tokens`.
+What a document may hold is `sae.stream.content`; reading the formats of files is
+`sae.stream.text_files`; tokens are `sae.stream.tokens`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from sae.config import DataConfig
+from sae.config import ContentName, DataConfig
+from sae.stream.content import Content, DocumentColumn, content_bytes, has_content
 from sae.stream.packages import is_package_source, package_files
-from sae.stream.text_files import TEXT_SUFFIXES, choose_column, has_text_suffix, read_text_files
+from sae.stream.text_files import TEXT_SUFFIXES, has_text_suffix, read_text_files
 
 Part = Literal["train", "held_out"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -32,11 +34,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Document:
-    """One text, its number in the source, and its place in the epoch's order."""
+    """One document: its number in the source, its place in the epoch's order, what it holds."""
 
     index: int
     place: int
-    text: str
+    content: Content
 
 
 class Documents(Protocol):
@@ -52,17 +54,17 @@ class Documents(Protocol):
 
 
 class LocalDocuments:
-    """Texts that can be indexed: a list, or a column of a `datasets` table on disk."""
+    """Documents that can be indexed: a list, or a column of a `datasets` table on disk."""
 
-    def __init__(self, texts: Sequence[str], name: str) -> None:
-        self.texts = texts
+    def __init__(self, contents: Sequence[Content], name: str) -> None:
+        self.contents = contents
         self.name = name
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.contents)
 
-    def __getitem__(self, index: int) -> str:
-        return self.texts[index]
+    def __getitem__(self, index: int) -> Content:
+        return self.contents[index]
 
     def visit(
         self, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1
@@ -71,9 +73,9 @@ class LocalDocuments:
         first = start + (rank - start) % world_size
         for place in range(first, len(self), world_size):
             index = int(order[place])
-            text = self[index]
-            if text and text.strip():
-                yield Document(index, place, text)
+            content = self[index]
+            if has_content(content):
+                yield Document(index, place, content)
 
 
 class StreamedDocuments:
@@ -82,9 +84,9 @@ class StreamedDocuments:
     Starting in the middle of an epoch reads and drops the rows before it.
     """
 
-    def __init__(self, rows: Any, column: str, name: str) -> None:
+    def __init__(self, rows: Any, column: str, name: str, content: ContentName = "text") -> None:
         self.rows = rows
-        self.column = column
+        self.column = DocumentColumn(content, column)
         self.name = name
 
     def visit(
@@ -95,9 +97,10 @@ class StreamedDocuments:
         first = start + (rank - start) % world_size
         places = islice(enumerate(rows), first, None, world_size)
         for place, row in places:
-            text = row[self.column]
-            if text and text.strip():
-                yield Document(place, place, text)
+            where = f"row {place} of {self.name!r}, {self.column.name!r},"
+            content = self.column.read(row[self.column.name], where)
+            if has_content(content):
+                yield Document(place, place, content)
 
 
 def open_documents(cfg: DataConfig) -> Documents:
@@ -132,9 +135,9 @@ def open_documents(cfg: DataConfig) -> Documents:
     return _from_hub(cfg)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part; equal texts always fall on one side."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def is_held_out(content: Content, fraction: float) -> bool:
+    """Whether a document belongs to the held-out part; equal ones always fall on one side."""
+    digest = hashlib.blake2b(content_bytes(content), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -143,13 +146,13 @@ def visit_part(
 ) -> Iterator[Document]:
     """Yield what `documents.visit(**places)` does, of one side of the split."""
     for document in documents.visit(**places):
-        if is_held_out(document.text, fraction) == (part == "held_out"):
+        if is_held_out(document.content, fraction) == (part == "held_out"):
             yield document
 
 
 def _from_files(files: Sequence[Path], cfg: DataConfig) -> LocalDocuments:
-    texts = read_text_files(files, cfg.text_column)
-    return LocalDocuments(_require_some(texts, cfg.source), cfg.source)
+    contents = read_text_files(files, DocumentColumn.of(cfg))
+    return LocalDocuments(_require_some(contents, cfg.source), cfg.source)
 
 
 def _from_saved_dataset(path: Path, cfg: DataConfig) -> LocalDocuments:
@@ -165,8 +168,8 @@ def _from_saved_dataset(path: Path, cfg: DataConfig) -> LocalDocuments:
     table = datasets.load_from_disk(str(path))
     if isinstance(table, datasets.DatasetDict):
         table = _choose_split(table, cfg)
-    column = choose_column(table.column_names, cfg.text_column, path)
-    return LocalDocuments(_require_some(_Column(table, column), cfg.source), cfg.source)
+    contents = _TableColumn(table, DocumentColumn.of(cfg), cfg.source)
+    return LocalDocuments(_require_some(contents, cfg.source), cfg.source)
 
 
 def _choose_split(table: Any, cfg: DataConfig) -> Any:
@@ -178,18 +181,22 @@ def _choose_split(table: Any, cfg: DataConfig) -> Any:
     return table[cfg.split]
 
 
-class _Column(Sequence[str]):
+class _TableColumn(Sequence[Content]):
     """One column of a table on disk, read one row at a time."""
 
-    def __init__(self, table: Any, column: str) -> None:
-        self._rows = table.select_columns([column])
+    def __init__(self, table: Any, column: DocumentColumn, source: str) -> None:
+        self._name = column.among(table.column_names, source)
+        # A table may have been saved with the wish to give tensors.
+        self._rows = table.select_columns([self._name]).with_format(None)
         self._column = column
+        self._source = source
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows[index][self._column]
+        where = f"row {index} of {self._source!r}, {self._name!r},"
+        return self._column.read(self._rows[index][self._name], where)
 
 
 def _from_hub(cfg: DataConfig) -> StreamedDocuments:
@@ -202,9 +209,8 @@ def _from_hub(cfg: DataConfig) -> StreamedDocuments:
         raise _hub_error(cfg, error) from error
     if first is None:
         raise ValueError(_empty(cfg.source))
-    return StreamedDocuments(
-        rows, choose_column(list(first), cfg.text_column, cfg.source), cfg.source
-    )
+    column = DocumentColumn.of(cfg).among(list(first), cfg.source)
+    return StreamedDocuments(rows, column, cfg.source, cfg.content)
 
 
 def _hub_error(cfg: DataConfig, error: Exception) -> Exception:
@@ -220,16 +226,16 @@ def _hub_error(cfg: DataConfig, error: Exception) -> Exception:
     )
 
 
-def _require_some(texts: Sequence[str], source: str) -> Sequence[str]:
-    if not any(text and text.strip() for text in texts):
+def _require_some(contents: Sequence[Content], source: str) -> Sequence[Content]:
+    if not any(map(has_content, contents)):
         raise ValueError(_empty(source))
-    return texts
+    return contents
 
 
 def _empty(source: str) -> str:
     return (
         f"`data.source` must hold at least one document; {source!r} holds none. "
-        "Give another source, or check `data.text_column`."
+        "Give another source, or check `data.column`."
     )
 
 

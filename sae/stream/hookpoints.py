@@ -73,14 +73,26 @@ def find_hookpoint(module: nn.Module, pattern: str) -> Hookpoint:
     return found[0]
 
 
+def find_hookpoints_of(module: nn.Module, patterns: str) -> list[Hookpoint]:
+    """Return the hookpoints of several patterns, separated by commas, in the order they are given.
+
+    Raises ValueError as `find_hookpoints` does.
+    """
+    names = [pattern.strip() for pattern in patterns.split(",")]
+    found = [hookpoint for name in names for hookpoint in find_hookpoints(module, name)]
+    return list(dict.fromkeys(found))
+
+
 @torch.no_grad()
 def capture(
     module: nn.Module, hookpoints: Sequence[Hookpoint], tokens: Tensor
 ) -> dict[Hookpoint, Tensor]:
     """Run `module` on `tokens` (b, t) and return each hookpoint's activations, (b, t, d).
 
-    The activations keep the model's dtype and device. The forward ends as soon as all hookpoints
-    were seen; of a module that runs several times, the first run counts. No hook outlives the call.
+    The activations keep the model's dtype and device, and are not copied; a later module that
+    works in place would change them. Attention heads, (b, t, heads, d_head), come concatenated. The
+    forward ends as soon as all hookpoints were seen; of a module that runs several times, the first
+    run counts. No hook outlives the call.
     Raises RuntimeError where a module never ran, ValueError where what it gives is not (b, t, d).
     """
     captured: dict[Hookpoint, Tensor] = {}
@@ -125,6 +137,26 @@ def width(module: nn.Module, hookpoint: Hookpoint, device: torch.device | str) -
     """Return d, the number of activations a token has at `hookpoint`, from a tiny forward."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     return capture(module, [hookpoint], tokens)[hookpoint].shape[-1]
+
+
+def choose_names(patterns: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which of the hookpoints `names` comma-separated patterns match, in their order.
+
+    For hookpoints whose model is not at hand: a path may leave out what stands before a dot. An
+    empty text matches all. Raises ValueError where a pattern matches none.
+    """
+    chosen: set[str] = set()
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        glob, side = _split_side(pattern)
+        paths = {path: name for name in names for path, s in [_split_side(name)] if s == side}
+        found = _matches(glob, list(paths)) or _matches(f"**.{glob}", list(paths))
+        if not found:
+            raise ValueError(
+                f"`model.hookpoint` must match the hookpoints that were harvested; got "
+                f"{pattern!r}, and there are: {', '.join(names)}. Give some of them."
+            )
+        chosen |= {paths[path] for path in found}
+    return tuple(name for name in names if name in chosen or not patterns.strip())
 
 
 def _split_side(pattern: str) -> tuple[str, Side]:
@@ -203,9 +235,14 @@ def _require_all(captured: Mapping[Hookpoint, Tensor], hookpoints: Sequence[Hook
 
 
 def _as_sequences(activation: Tensor, b: int, t: int, hookpoint: Hookpoint) -> Tensor:
-    """Return the activation as (b, t, d); modules that see flattened tokens give (b·t, d)."""
+    """Return the activation as (b, t, d).
+
+    Modules that see flattened tokens give (b·t, d), those that see heads (b, t, heads, d_head).
+    """
     if activation.ndim == 2 and activation.shape[0] == b * t:
         return activation.reshape(b, t, -1)
+    if activation.ndim == 4 and activation.shape[:2] == (b, t):
+        return activation.flatten(2)
     if activation.ndim != 3 or activation.shape[:2] != (b, t):
         raise ValueError(
             f"Activations must have the shape (b, t, d) = ({b}, {t}, d); `{hookpoint}` gives "

@@ -49,6 +49,12 @@ class LanguageModel:
         return next(self.module.parameters()).dtype
 
     @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids that the model reads, which its tokenizer may not use up."""
+        module: Any = self.module
+        return module.get_input_embeddings().weight.shape[0]
+
+    @property
     def max_context_size(self) -> int | None:
         """The most tokens a context may have, where the model's config says it."""
         config: Any = self.module.config
@@ -70,6 +76,14 @@ def load_language_model(cfg: ModelConfig, device: torch.device | str) -> Languag
         module = _load_module(place, revision, dtype)
     module = module.to(device).eval().requires_grad_(False)
     return LanguageModel(module, tokenizer, cfg.name)
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `cfg.name` names, without weights; errors as for the model."""
+    place = _locate(cfg.name)
+    is_on_hub = isinstance(place, str)
+    with quiet_transformers(show_progress=False), _clear_errors(cfg.name):
+        return _load_tokenizer(place, cfg.revision if is_on_hub else None)
 
 
 def model_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

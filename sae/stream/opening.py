@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from sae.config import Config
 from sae.stream.contexts import Contexts
 from sae.stream.documents import Documents, Part, open_documents
-from sae.stream.hookpoints import Hookpoint, find_hookpoint
-from sae.stream.language_model import LanguageModel, load_language_model
+from sae.stream.hookpoints import Hookpoint, find_hookpoints_of
+from sae.stream.language_model import LanguageModel, load_language_model, load_tokenizer
+from sae.stream.live import LiveRows
+from sae.stream.reader import Reader
 from sae.stream.tokens import ContextStream
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A language model, the hookpoint that `cfg` names, and the text of `cfg`."""
+    """A language model, or two that are compared, the hookpoints that `cfg` names, and its text."""
 
     cfg: Config
     lm: LanguageModel
-    hookpoint: Hookpoint
+    hookpoints: tuple[Hookpoint, ...]
     documents: Documents
+    other: LanguageModel | None = None
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """The only hookpoint.
+
+        Errors: ValueError where `cfg` names several.
+        """
+        require_single(self.hookpoints, self.other is not None)
+        return self.hookpoints[0]
+
+    def reader(self) -> Reader:
+        """Return what reads all hookpoints."""
+        return Reader(self.lm, self.hookpoints, self.other)
+
+    def rows(self, reader: Reader, *, lane: int = 0, n_lanes: int = 1) -> LiveRows:
+        """Return the training documents' activations, one lane of them, at their beginning."""
+        origin = {"model_name": self.cfg.model.name, "context_size": self.cfg.data.context_size}
+        return LiveRows(
+            reader,
+            lambda: self.contexts("train", rank=lane, world_size=n_lanes),
+            self.cfg.stream,
+            origin,
+        )
 
     def contexts(self, part: Part, *, rank: int = 0, world_size: int = 1) -> ContextStream:
         """Return a stream over one part of the documents, at its beginning."""
@@ -34,6 +60,7 @@ class OpenedModel:
             seed=self.cfg.run.seed,
             rank=rank,
             world_size=world_size,
+            vocabulary_size=self.lm.vocabulary_size,
         )
 
     def held_out(self) -> Iterator[Contexts]:
@@ -41,13 +68,54 @@ class OpenedModel:
         return self.contexts("held_out").batches(self.cfg.stream.sequences_per_forward)
 
 
-def open_model(cfg: Config, device: torch.device) -> OpenedModel:
-    """Open text and model of `cfg`; the text first, as opening it is quick and can be refused."""
+def open_model(
+    cfg: Config, device: torch.device, *, require: Callable[[Documents], None] = lambda _: None
+) -> OpenedModel:
+    """Open text and model of `cfg`; the text first, as opening it is quick and can be refused.
+
+    `require` may refuse the text before the model loads.
+    """
     require_complete(cfg)
     documents = open_documents(cfg.data)
+    require(documents)
+    _require_same_tokenizer(cfg)
+    if cfg.model.device != "auto":
+        device = pick_device(cfg.model.device, "model.device")
     lm = load_language_model(cfg.model, device)
     _require_fitting_contexts(cfg, lm)
-    return OpenedModel(cfg, lm, find_hookpoint(lm.module, cfg.model.hookpoint), documents)
+    hookpoints = tuple(find_hookpoints_of(lm.module, cfg.model.hookpoint))
+    other = None
+    if cfg.model.other is not None:
+        other = load_language_model(replace(cfg.model, name=cfg.model.other, revision=None), device)
+    return OpenedModel(cfg, lm, hookpoints, documents, other)
+
+
+def require_single(hookpoints: Sequence[Hookpoint | str], is_pair: bool = False) -> None:
+    """Refuse several hookpoints where one dictionary is trained or measured.
+
+    Errors: ValueError.
+    """
+    if len(hookpoints) == 1 and not is_pair:
+        return
+    names = ", ".join(map(str, hookpoints[:8])) + (", …" if len(hookpoints) > 8 else "")
+    raise ValueError(
+        f"`model.hookpoint` must match exactly one module of one model here; it matches "
+        f"{len(hookpoints)}{' of two models' if is_pair else ''}: {names}. Give one of them."
+    )
+
+
+def _require_same_tokenizer(cfg: Config) -> None:
+    """Refuse two models that read text as different tokens, before any weights load."""
+    if cfg.model.other is None:
+        return
+    mine = load_tokenizer(cfg.model)
+    others = load_tokenizer(replace(cfg.model, name=cfg.model.other, revision=None))
+    if mine.get_vocab() != others.get_vocab():
+        raise ValueError(
+            f"`model.other` must have the tokenizer of `model.name`; {cfg.model.other!r} has "
+            f"{len(others.get_vocab())} tokens, {cfg.model.name!r} {len(mine.get_vocab())}, and "
+            "they differ. Choose a model of the same family."
+        )
 
 
 def require_complete(cfg: Config) -> None:
@@ -79,7 +147,11 @@ def pick_device(name: str, field: str = "run.device") -> torch.device:
 
     Errors: RuntimeError where a GPU is asked for and none is visible.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"`{field}` cuda needs a GPU; none is visible. Use auto or cpu.")
-    is_gpu = name != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if is_gpu else "cpu")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda"):
+        device = torch.device(name)
+        if (device.index or 0) >= n_gpus:
+            seen = f"{n_gpus} are visible" if n_gpus else "none is visible"
+            raise RuntimeError(f"`{field}` {name} needs a GPU; {seen}. Use auto or cpu.")
+        return device
+    return torch.device("cuda" if name == "auto" and n_gpus else "cpu")

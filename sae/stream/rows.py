@@ -7,6 +7,7 @@ place; lane i of them is the same stream whichever process runs it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 class Block:
     """Rows that count (`is_kept`), in the order of their text.
 
-    rows: one (n, d) a hookpoint, n the same, in raw units, of the stream's dtype, on its device.
+    rows: one (n, d) a hookpoint, n the same, in raw units, on the stream's device.
     documents: (n,) int64 in CPU memory, the index of the document that each row is from.
     """
 
@@ -33,7 +34,7 @@ class RowStream(Protocol):
     """The hookpoints, in the order of a block's `rows`."""
 
     widths: tuple[int, ...]
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
 
     @property
     def epoch(self) -> int:
@@ -41,7 +42,7 @@ class RowStream(Protocol):
         ...
 
     def next_block(self) -> Block:
-        """Return the next block; never an empty one."""
+        """Return the next block, which may be empty."""
         ...
 
     def sample(self) -> Block:
@@ -57,6 +58,14 @@ class RowStream(Protocol):
 
         Errors: ValueError where it belongs to another stream.
         """
+        ...
+
+    def token_counts(self) -> Mapping[str, float]:
+        """Return how many tokens were read so far ("read"), and left out for each reason."""
+        ...
+
+    def weights(self) -> Iterable[Tensor]:
+        """Return the weights of the models that make the rows, for an account of memory."""
         ...
 
     def metadata(self) -> dict[str, object]:

@@ -6,7 +6,7 @@ iterators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,10 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SourceState:
-    """Where a source stands: `position` is plain JSON, `tensors` what cannot be made again."""
+    """Where a source stands: `position` is plain JSON, `tensors` what cannot be made again.
+
+    What differs between processes stands under `position["lanes"]`, by number, and in tensors whose
+    names begin with the lane's; all else is the same on each of them.
+    """
 
     position: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ActivationSource(Protocol):
@@ -38,6 +42,10 @@ class ActivationSource(Protocol):
         """Return the next n activations, (n, d_in)."""
         ...
 
+    def next_rows(self, n: int) -> tuple[Tensor, ...]:
+        """Return the next n rows of every hookpoint, (n, width) each."""
+        ...
+
     def calibration_sample(self) -> Tensor:
         """Return activations, (m, d_in), without moving the source."""
         ...
@@ -52,6 +60,14 @@ class ActivationSource(Protocol):
 
     def metadata(self) -> dict[str, object]:
         """Return what a dictionary should remember of its origin (model_name, hook_name, …)."""
+        ...
+
+    def log_values(self) -> dict[str, float]:
+        """Return what the log should say of the source since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and files."""
         ...
 
 

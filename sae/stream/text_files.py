@@ -1,9 +1,9 @@
-"""Text out of files: .txt, .jsonl, .csv and .parquet, each also compressed as .zst.
+"""Documents out of files: .txt, .jsonl, .csv and .parquet, each also compressed as .zst.
 
 One document is: in .txt, what stands between blank lines; in .jsonl, one line's object; in .csv and
-.parquet, one row. Where a file has columns, `text_column` says which, and None takes the first of
-text, content, prompt. Files are read whole into memory; for text larger than memory use a hub
-dataset or a folder written by `datasets` (`sae.stream.documents`).
+.parquet, one row. Where a file has columns, a `DocumentColumn` says which and what is in it;
+conversations and token ids need .jsonl or .parquet. Files are read whole into memory; for more than
+that use a hub dataset or a folder written by `datasets` (`sae.stream.documents`).
 """
 
 from __future__ import annotations
@@ -18,32 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-TEXT_COLUMNS = ("text", "content", "prompt")
+from sae.stream.content import Content, DocumentColumn, has_content
+
 _BLANK_LINE = re.compile(r"\n\s*\n")
 
 
-def read_text_files(paths: Sequence[Path], text_column: str | None) -> list[str]:
+def read_text_files(paths: Sequence[Path], column: DocumentColumn) -> list[Content]:
     """Return the documents of all files, in the order of `paths`, empty ones left out.
 
     Raises ValueError, naming the file, where one can't be read or has no such column.
     """
-    texts: list[str] = []
+    documents: list[Content] = []
     for path in paths:
         with _clear_errors(path):
-            texts += (text for text in _read_file(path, text_column) if text and text.strip())
-    return texts
-
-
-def choose_column(columns: Sequence[str], text_column: str | None, where: object) -> str:
-    """Return the column that holds the text, or raise ValueError listing those that exist."""
-    wanted = TEXT_COLUMNS if text_column is None else (text_column,)
-    for name in wanted:
-        if name in columns:
-            return name
-    raise ValueError(
-        f"`data.text_column` must be a column of `{where}`; got {text_column!r}, and the columns "
-        f"are: {', '.join(map(str, columns))}. Give the one that holds the text."
-    )
+            documents += filter(has_content, _read_file(path, column))
+    return documents
 
 
 def has_text_suffix(path: Path) -> bool:
@@ -51,7 +40,7 @@ def has_text_suffix(path: Path) -> bool:
     return path.name.lower().endswith(TEXT_SUFFIXES)
 
 
-def _read_file(path: Path, text_column: str | None) -> Iterator[str]:
+def _read_file(path: Path, column: DocumentColumn) -> Iterator[Content]:
     name = path.name.lower().removesuffix(".zst")
     read = _READERS.get(Path(name).suffix)
     if read is None:
@@ -60,7 +49,7 @@ def _read_file(path: Path, text_column: str | None) -> Iterator[str]:
             "Convert or rename it."
         )
     with _open(path) as stream:
-        yield from read(stream, text_column, path)
+        yield from read(stream, column, path)
 
 
 @contextmanager
@@ -80,24 +69,27 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _read_txt(stream: IO[bytes], _text_column: str | None, _path: Path) -> Iterator[str]:
+def _read_txt(stream: IO[bytes], column: DocumentColumn, _path: Path) -> Iterator[Content]:
+    if column.content != "text":
+        raise ValueError(f"a .txt file holds text, and `data.content` is {column.content!r}")
     with io.TextIOWrapper(stream, encoding="utf-8") as lines:
         text = lines.read()
     yield from (part.strip("\n") for part in _BLANK_LINE.split(text))
 
 
-def _read_jsonl(stream: IO[bytes], text_column: str | None, path: Path) -> Iterator[str]:
-    column = text_column
+def _read_jsonl(stream: IO[bytes], column: DocumentColumn, path: Path) -> Iterator[Content]:
+    name = column.name
     with io.TextIOWrapper(stream, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             row = _json_object(line, number)
-            if column not in row:
-                column = choose_column(list(row), text_column, f"{path}, line {number}")
-            text = _require_text(row[column], f"line {number}, {column!r}")
+            if name not in row:
+                name = column.among(list(row), f"{path}, line {number}")
+            content = column.read(row[name], f"line {number}, {name!r}")
             # JSON can spell half a character, which no tokenizer takes.
-            yield text.encode("utf-8", "replace").decode()
+            is_text = isinstance(content, str)
+            yield content.encode("utf-8", "replace").decode() if is_text else content
 
 
 def _json_object(line: str, number: int) -> dict[str, Any]:
@@ -107,33 +99,28 @@ def _json_object(line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _read_csv(stream: IO[bytes], text_column: str | None, path: Path) -> Iterator[str]:
+def _read_csv(stream: IO[bytes], column: DocumentColumn, path: Path) -> Iterator[Content]:
     # The csv module's limit on a field is the process's, and smaller than an article.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
-            column = choose_column(rows.fieldnames or [], text_column, path)
-            texts = [row[column] or "" for row in rows]
+            name = column.among(rows.fieldnames or [], path)
+            texts = [column.read(row[name], f"row {i}, {name!r}") for i, row in enumerate(rows)]
     finally:
         csv.field_size_limit(limit)
     yield from texts
 
 
-def _read_parquet(stream: IO[bytes], text_column: str | None, path: Path) -> Iterator[str]:
+def _read_parquet(stream: IO[bytes], column: DocumentColumn, path: Path) -> Iterator[Content]:
     from pyarrow import parquet
 
     seekable = stream if stream.seekable() and path.suffix != ".zst" else io.BytesIO(stream.read())
     with parquet.ParquetFile(seekable) as file:
-        column = choose_column(file.schema_arrow.names, text_column, path)
-        for batch in file.iter_batches(columns=[column]):
-            yield from (_require_text(text, repr(column)) for text in batch[0].to_pylist())
-
-
-def _require_text(value: object, where: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} holds {type(value).__name__}, not text")
-    return value or ""
+        name = column.among(file.schema_arrow.names, path)
+        batches = file.iter_batches(columns=[name])
+        for number, value in enumerate(value for batch in batches for value in batch[name]):
+            yield column.read(value.as_py(), f"row {number}, {name!r}")
 
 
 @contextmanager
@@ -152,7 +139,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-_Reader = Callable[[IO[bytes], str | None, Path], Iterator[str]]
+_Reader = Callable[[IO[bytes], DocumentColumn, Path], Iterator[Content]]
 _READERS: dict[str, _Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,

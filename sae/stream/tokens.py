@@ -1,19 +1,20 @@
-"""Documents as contexts of tokens, packed without waste and resumable at every batch.
+"""Documents as contexts of tokens, in a stream that is resumable at every batch.
 
-Documents follow each other in the epoch's order. Where the tokenizer has a BOS token and
-`data.prepend_bos` is set, one stands at the start of every context and before every document, so
-that a context is BOS, text, BOS, text, …; a document that does not fit goes on in the next context.
+Documents follow each other in the epoch's order (`sae.stream.documents`), become token ids
+(`sae.stream.tokenizing`), and fill contexts as `data.contexts` and `data.bos` say
+(`sae.stream.packing`); `data.mask` and `data.exclude_tokens` say which tokens of them count
+(`sae.stream.masks`).
 
 The stream's position is (epoch, place of the document in the epoch's order, tokens of it already
 used): all else follows from it and the seed, so continuing from a saved position gives the same
-batches bit for bit. In the endless stream the last context of an epoch is filled up from the next
-epoch; a single pass pads it instead, so that nothing is lost and packed contexts hold no padding.
+batches bit for bit. In the endless stream the last packed context of an epoch is filled up from the
+next epoch; a single pass pads it instead, so that nothing is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,61 +23,24 @@ import torch
 from sae.config import DataConfig
 from sae.stream.contexts import Contexts
 from sae.stream.documents import Document, Documents, LocalDocuments, Part, is_held_out, visit_part
-from sae.stream.masks import PADDING_DOCUMENT, TokenMask
+from sae.stream.masks import TokenMask, find_token_ids
+from sae.stream.packing import Packing, Position, Row, TokenizedDocument
+from sae.stream.tokenizing import DocumentTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DOCUMENTS_PER_CALL = 64
-CHARACTERS_PER_CALL = 400_000
-
-
-@dataclass(frozen=True)
-class _Position:
-    """The next token: `offset` tokens into the document at `place` of the epoch's order."""
-
-    epoch: int = 0
-    place: int = 0
-    offset: int = 0
-
-
-class _Row:
-    """A context being filled."""
-
-    def __init__(self, size: int, bos_id: int | None) -> None:
-        self.size = size
-        self.bos_id = bos_id
-        self.tokens: list[int] = []
-        self.document_ids: list[int] = []
-
-    @property
-    def room(self) -> int:
-        return self.size - len(self.tokens)
-
-    def add(self, ids: list[int], document_id: int, offset: int) -> int:
-        """Append what fits of a document's tokens from `offset` on; return the next offset."""
-        if self.bos_id is not None and (offset == 0 or not self.tokens):
-            self._append([self.bos_id], document_id)
-        piece = ids[offset : offset + self.room]
-        self._append(piece, document_id)
-        return offset + len(piece)
-
-    def pad(self, pad_id: int) -> None:
-        self._append([pad_id] * self.room, PADDING_DOCUMENT)
-
-    def _append(self, ids: list[int], document_id: int) -> None:
-        self.tokens += ids
-        self.document_ids += [document_id] * len(ids)
 
 
 class ContextStream:
     """Contexts of one part of a text, for one of `world_size` ranks.
 
     Args:
-        part: "train" or "held_out"; a document is in one of them, by a hash of its text.
+        part: "train" or "held_out"; a document is in one of them, by a hash of what it holds.
         seed: fixes the order of documents in every epoch.
+        vocabulary_size: the number of token ids that the model reads; None: the tokenizer's.
 
-    Raises ValueError where local text leaves this part or rank without documents.
+    Raises ValueError where local text leaves this part or rank without documents, and where the
+    tokenizer can't do what `cfg` asks for.
     """
 
     def __init__(
@@ -89,17 +53,20 @@ class ContextStream:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        vocabulary_size: int | None = None,
     ) -> None:
         self.documents = documents
         self.tokenizer = tokenizer
         self.cfg = cfg
+        vocabulary_size = vocabulary_size or len(tokenizer)
         self.part: Part = part
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._bos_id: Any = tokenizer.bos_token_id if cfg.prepend_bos else None
-        self._mask = TokenMask.of(tokenizer, cfg.mask)
-        self._position = _Position()
-        self._rows: Iterator[tuple[_Row, _Position]] | None = None
-        if isinstance(documents, LocalDocuments) and next(self._visit(_Position()), None) is None:
+        self._tokenize = DocumentTokenizer(tokenizer, documents, cfg.content, vocabulary_size)
+        self._packing = _packing(tokenizer, cfg, vocabulary_size)
+        excluded_ids = find_token_ids(tokenizer, cfg.exclude_tokens, vocabulary_size)
+        self._mask = TokenMask.of(tokenizer, cfg.mask, excluded_ids)
+        self._go_to(Position())
+        if isinstance(documents, LocalDocuments) and next(self._visit(Position()), None) is None:
             raise ValueError(self._nothing())
 
     @property
@@ -108,20 +75,23 @@ class ContextStream:
         return self._position.epoch
 
     def next_batch(self, b: int) -> Contexts:
-        """Return the next b contexts of the endless stream."""
-        if self._rows is None:
-            self._rows = self._pack(self._endless(self._position))
+        """Return the next b contexts of the endless stream.
+
+        Raises ValueError once a whole epoch has kept no token: more epochs would give none either.
+        """
         rows = list(islice(self._rows, b))
         self._position = rows[-1][1]
-        return self._contexts([row for row, _ in rows])
+        contexts = self._contexts([row for row, _ in rows])
+        self._require_kept(contexts)
+        return contexts
 
     def batches(self, b: int) -> Iterator[Contexts]:
         """Yield epoch 0 from its beginning in batches of b contexts; the last may hold fewer.
 
         The last context is padded. The endless stream's position is neither used nor changed.
         """
-        start = _Position()
-        rows = (row for row, _ in self._pack(self._tokenized(self._visit(start), start)))
+        start = Position()
+        rows = (row for row, _ in self._packing.rows(self._read(start)))
         is_empty = True
         while chunk := list(islice(rows, b)):
             is_empty = False
@@ -130,8 +100,17 @@ class ContextStream:
             raise ValueError(self._nothing())
 
     def masked_shares(self, contexts: Contexts) -> dict[str, float]:
-        """Return the share of tokens that `data.mask` leaves out, by reason, each in [0, 1]."""
+        """Return the share of tokens that are left out, by reason, each in [0, 1]."""
         return self._mask.shares(contexts)
+
+    def sample_shares(self, n_contexts: int) -> dict[str, float]:
+        """Return what share of the first n_contexts' tokens is "kept", and left out by reason.
+
+        The shares add up to 1. The endless stream's position is neither used nor changed.
+        """
+        contexts = next(self.batches(n_contexts))
+        is_kept = contexts.is_kept.double().mean().item()
+        return {"kept": is_kept, **self.masked_shares(contexts)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch, as a small dict of numbers and strings."""
@@ -140,17 +119,23 @@ class ContextStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 
-        Raises ValueError where it belongs to another text, part, seed, context size or number of
-        ranks, with which the same batches can't come.
+        Raises ValueError where it belongs to another text, part, seed, number of ranks, or to
+        contexts made in another way, with which the same batches can't come.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ValueError(
                     f"A stream continues only with the same {name}; the saved position has "
-                    f"{state[name]!r}, this run {value!r}. Restore it, or start a new run."
+                    f"{state.get(name)!r}, this run {value!r}. Restore it, or start a new run."
                 )
-        self._position = _Position(state["epoch"], state["place"], state["offset"])
-        self._rows = None
+        self._go_to(Position(state["epoch"], state["place"], state["offset"]))
+
+    def _go_to(self, position: Position) -> None:
+        self._position = position
+        self._rows = self._packing.rows(self._endless(position))
+        # The last epoch known to keep a token. One that is read in part speaks for none.
+        is_edge = (position.place, position.offset) == (0, 0)
+        self._kept_epoch = position.epoch - 1 if is_edge else position.epoch
 
     def _identity(self) -> dict[str, Any]:
         documents = self.documents
@@ -159,12 +144,15 @@ class ContextStream:
             "seed": self.seed,
             "rank": self.rank,
             "world_size": self.world_size,
+            "content": self.cfg.content,
             "context_size": self.cfg.context_size,
+            "contexts": self.cfg.contexts,
+            "bos": self.cfg.bos,
             "held_out_fraction": self.cfg.held_out_fraction,
             "n_documents": len(documents) if isinstance(documents, LocalDocuments) else None,
         }
 
-    def _visit(self, position: _Position) -> Iterator[Document]:
+    def _visit(self, position: Position) -> Iterator[Document]:
         return visit_part(
             self.documents,
             self.part,
@@ -176,71 +164,51 @@ class ContextStream:
             world_size=self.world_size,
         )
 
-    def _endless(self, start: _Position) -> Iterator[tuple[list[int], int, _Position]]:
+    def _endless(self, start: Position) -> Iterator[TokenizedDocument]:
         """Yield the tokenized documents of all epochs from `start` on."""
         position = start
         for epoch in count(start.epoch):
             is_empty = True
-            for item in self._tokenized(self._visit(position), position):
+            for document in self._read(position):
                 is_empty = False
-                yield item
+                yield document
             if is_empty and position.place == 0:
                 raise ValueError(self._nothing())
-            position = _Position(epoch + 1)
+            position = Position(epoch + 1)
 
-    def _tokenized(
-        self, documents: Iterable[Document], start: _Position
-    ) -> Iterator[tuple[list[int], int, _Position]]:
-        """Yield each document's token ids, its index and the position at which to read on."""
-        for group in _groups(documents):
-            ids = self.tokenizer(
-                [document.text for document in group],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-            for document, document_ids in zip(group, ids, strict=True):
-                offset = start.offset if document.place == start.place else 0
-                position = _Position(start.epoch, document.place, offset)
-                if document_ids:
-                    yield document_ids, document.index, position
+    def _read(self, start: Position) -> Iterator[TokenizedDocument]:
+        """Yield the tokenized documents of one epoch from `start` on."""
+        for document, ids in self._tokenize(self._visit(start)):
+            offset = start.offset if document.place == start.place else 0
+            if len(ids) > 0:
+                position = Position(start.epoch, document.place, offset)
+                yield TokenizedDocument(ids, document.index, position)
 
-    def _pack(
-        self, documents: Iterator[tuple[list[int], int, _Position]]
-    ) -> Iterator[tuple[_Row, _Position]]:
-        """Yield full rows, each with the position behind it; pad the last where the text ends."""
-        row = self._new_row()
-        position = _Position()
-        for ids, index, position in documents:
-            while position.offset < len(ids):
-                position = replace(position, offset=row.add(ids, index, position.offset))
-                if not row.room:
-                    yield row, position
-                    row = self._new_row()
-        if row.tokens:
-            row.pad(self._pad_id())
-            yield row, position
-
-    def _new_row(self) -> _Row:
-        return _Row(self.cfg.context_size, self._bos_id)
-
-    def _pad_id(self) -> int:
-        candidates: tuple[Any, ...] = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(id_ for id_ in candidates if id_ is not None)
-
-    def _contexts(self, rows: list[_Row]) -> Contexts:
+    def _contexts(self, rows: list[Row]) -> Contexts:
         tokens = torch.tensor([row.tokens for row in rows])
         document_ids = torch.tensor([row.document_ids for row in rows])
         return Contexts(tokens, document_ids, self._mask.is_kept(tokens, document_ids))
+
+    def _require_kept(self, contexts: Contexts) -> None:
+        epoch = self._position.epoch
+        if contexts.is_kept.any():
+            self._kept_epoch = epoch
+        elif epoch > self._kept_epoch + 1:
+            shares = ", ".join(f"{k} {v:.3g}" for k, v in self.masked_shares(contexts).items())
+            raise ValueError(
+                "`data.mask` and `data.exclude_tokens` must leave tokens to train on; a whole "
+                f"epoch of `data.source` {self.documents.name!r} kept none (shares of the last "
+                f"tokens left out: {shares}). Mask or exclude fewer, or give other text."
+            )
 
     def _nothing(self) -> str:
         fraction = self.cfg.held_out_fraction
         which = "held out" if self.part == "held_out" else "for training"
         counts = ""
         if isinstance(self.documents, LocalDocuments):
-            texts = self.documents.texts
-            n = sum(is_held_out(text, fraction) == (self.part == "held_out") for text in texts)
-            counts = f" of its {len(texts)} documents {n} are {which}, and"
+            contents = self.documents.contents
+            n = sum(is_held_out(c, fraction) == (self.part == "held_out") for c in contents)
+            counts = f" of its {len(contents)} documents {n} are {which}, and"
         change = "Raise" if self.part == "held_out" else "Lower"
         return (
             f"`data.source` {self.documents.name!r} must leave documents {which} to every rank; "
@@ -250,15 +218,14 @@ class ContextStream:
         )
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents so that one tokenizer call neither is tiny nor holds much text."""
-    group: list[Document] = []
-    n_characters = 0
-    for document in documents:
-        group.append(document)
-        n_characters += len(document.text)
-        if len(group) == DOCUMENTS_PER_CALL or n_characters >= CHARACTERS_PER_CALL:
-            yield group
-            group, n_characters = [], 0
-    if group:
-        yield group
+def _packing(tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, vocabulary_size: int) -> Packing:
+    bos_id: Any = tokenizer.bos_token_id
+    # A tokenizer may have been given a padding token that the model has no embedding for.
+    pads: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return Packing(
+        context_size=cfg.context_size,
+        contexts=cfg.contexts,
+        bos=cfg.bos,
+        bos_id=bos_id,
+        pad_id=next(i for i in pads if i is not None and i < vocabulary_size),
+    )

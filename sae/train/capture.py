@@ -76,7 +76,8 @@ class Captured:
             return None
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads (the buffer's) may allocate meanwhile; theirs is not captured.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self.function(*inputs)
         except RuntimeError as error:
             self.is_off = True

@@ -3,7 +3,7 @@
 checkpoints/step_00000250/
     cfg.json, sae_weights.safetensors    the dictionary in raw units, ready to load
     trainer.json, trainer.safetensors    `TrainState`, in training units
-    rank_0.json, rank_0.safetensors      each process's place in the stream, buffer and counts
+    rank_0.json, rank_0.safetensors      each process's lanes (place and buffer) and its counts
     manifest.json                        size and CRC-32 of every other file
 """
 
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import shutil
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sae.coder.dictionary import write_dictionary_files
 from sae.files import new_folder, partial_path, read_json, write_json, write_tensors
@@ -24,6 +27,7 @@ from sae.train.state import TrainState
 MANIFEST = "manifest.json"
 TRAINER_TENSORS = "trainer.safetensors"
 SOURCE = "source."
+LANES = "lanes"
 
 
 def save_checkpoint(state: TrainState, run: Path, accelerator: Accelerator, *, keep: int) -> Path:
@@ -54,22 +58,51 @@ def save_checkpoint(state: TrainState, run: Path, accelerator: Accelerator, *, k
 def load_checkpoint(state: TrainState, path: Path, accelerator: Accelerator) -> None:
     """Continue `state` from the checkpoint at `path`, bit for bit.
 
-    Errors: ValueError for a damaged checkpoint (nothing is changed then) and for one of another
-    number of processes.
+    The number of processes may be another than the one that saved it.
+
+    Errors: ValueError for a damaged checkpoint (nothing is changed then).
     """
     verify(path)
-    n_sources = len(list(path.glob("rank_*.json")))
-    if n_sources != accelerator.num_processes:
-        raise ValueError(
-            f"a run must be resumed on as many processes as it was saved on; {path.name} was saved "
-            f"by {n_sources}, now {accelerator.num_processes} run. Launch {n_sources}."
-        )
-    rank = accelerator.process_index
-    own = load_file(path / f"rank_{rank}.safetensors")
+    rank, n_saved = accelerator.process_index, len(list(path.glob("rank_*.json")))
+    files = [path / f"rank_{number}.safetensors" for number in range(n_saved)]
+    if n_saved == accelerator.num_processes:
+        own: Mapping[str, Tensor] = TensorFiles([files[rank]])
+    else:
+        own = state.merged_own([TensorFiles([file]) for file in files], rank)
+    own = {name: own[name] for name in state.own_tensors()}
     state.load_(read_json(path / "trainer.json"), {**load_file(path / TRAINER_TENSORS), **own})
-    source = {name.removeprefix(SOURCE): t for name, t in own.items() if name.startswith(SOURCE)}
-    state.source.load_state(SourceState(read_json(path / f"rank_{rank}.json"), source))
+    state.source.load_state(_merged_source(files))
     state.coder.metadata |= state.source.metadata()
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of several safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path], prefix: str = ""):
+        self.prefix, self._file_of = prefix, {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                names = [name for name in list(opened.keys()) if name.startswith(prefix)]
+            self._file_of |= {name.removeprefix(prefix): file for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            return opened.get_tensor(self.prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _merged_source(files: Sequence[Path]) -> SourceState:
+    """Return the source's state with the lanes of every process that saved."""
+    positions = [read_json(file.with_suffix(".json")) for file in files]
+    position = {**positions[0]}
+    if LANES in position:
+        position[LANES] = {n: lane for saved in positions for n, lane in saved[LANES].items()}
+    return SourceState(position, TensorFiles(files, SOURCE))
 
 
 def checkpoints(run: Path) -> list[Path]:

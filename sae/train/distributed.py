@@ -98,14 +98,25 @@ def _forget_another_device(device: torch.device) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def require_divisible(train: TrainConfig, world_size: int) -> None:
-    """Refuse a batch that processes and micro-batches cannot share evenly."""
-    parts = world_size * train.grad_accumulation_steps
+def require_divisible(train: TrainConfig, n: int, of: str = "processes") -> None:
+    """Refuse a batch that processes, or lanes, and micro-batches cannot share evenly."""
+    parts = n * train.grad_accumulation_steps
     if train.batch_tokens % parts:
         raise ValueError(
-            "`train.batch_tokens` must be a multiple of processes × train.grad_accumulation_steps "
-            f"({world_size} × {train.grad_accumulation_steps}); got {train.batch_tokens}. Use "
+            f"`train.batch_tokens` must be a multiple of {of} × train.grad_accumulation_steps "
+            f"({n} × {train.grad_accumulation_steps}); got {train.batch_tokens}. Use "
             f"{train.batch_tokens // parts * parts or parts}."
+        )
+
+
+def require_divisible_lanes(lanes: int, n_processes: int) -> None:
+    """Refuse processes that cannot share a stream's lanes evenly."""
+    if lanes % n_processes:
+        fitting = [str(n) for n in range(1, lanes + 1) if lanes % n == 0]
+        raise ValueError(
+            f"`stream.lanes` must be a multiple of the processes; got {lanes} lanes and "
+            f"{n_processes} processes. Launch {', '.join(fitting)} of them, or, for a new run, set "
+            f"`stream.lanes` to a multiple of {n_processes}."
         )
 
 

@@ -19,7 +19,7 @@ from sae.train.trainer import train_coder
 SETTINGS = tuple(
     key
     for key, _ in dotted_keys()
-    if key.split(".")[0] in ("coder", "train", "run") or key == "stream.scale"
+    if key.split(".")[0] in ("coder", "train", "run") or key == "stream.normalisation"
 )
 NEED_FOLDER = ("trackers", "wandb_project", "resume", "checkpoint_every_steps", "keep_checkpoints")
 
@@ -45,9 +45,9 @@ def fit(
         tokens: rows trained on, counting repeats; None: ten passes over a tensor, array or path,
             at least 100,000.
         progress: show a progress bar.
-        overrides: any other setting of the sections coder, train and run, and `scale`, by its
-            name: lr=1e-3, batch_tokens=1024, seed=1, device="cpu", folder="runs/mine" (which keeps
-            log, checkpoints and the dictionary), resume="auto".
+        overrides: any other setting of the sections coder, train and run, and `normalisation`, by
+            its name: lr=1e-3, batch_tokens=1024, seed=1, normalisation="whiten", device="cpu",
+            folder="runs/mine" (which keeps log, checkpoints and the dictionary), resume="auto".
 
     Errors: ValueError for settings that cannot work and for activations that are not finite.
     """

@@ -18,8 +18,14 @@ from sae.configuration import CONFIG_FILE, flatten, read_run_config, to_yaml
 from sae.files import write_json, write_text
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
-MAY_DIFFER = ("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume")
-MAY_DIFFER_PREFIXES = ("eval.", "report.", "train.keep_", "train.checkpoint_", "train.log_")
+MAY_DIFFER = (
+    *("run.folder", "run.trackers", "run.wandb_project", "run.device", "train.resume"),
+    *("model.device", "stream.device"),
+)
+MAY_DIFFER_PREFIXES = (
+    *("eval.", "report.", "harvest.", "stream.resident_", "stream.refill"),
+    *("train.keep_", "train.checkpoint_", "train.log_"),
+)
 EARLY_FILES = {CONFIG_FILE, "env.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb"} | {
     "wandb_id.txt"
 }
@@ -56,6 +62,13 @@ def require_same(folder: Path, cfg: Config) -> None:
             f"`run.folder` must hold the same run to be resumed; in {folder} {listed}. "
             "Give the same settings, or another `--run.folder`."
         )
+
+
+def saved_lanes(folder: Path) -> int | None:
+    """Return the lanes that a folder's run divides its text into; None where there is no run."""
+    if holds_no_result(folder):
+        return None
+    return read_run_config(folder).stream.lanes
 
 
 def write_run_files(folder: Path, cfg: Config, device: torch.device, n_processes: int) -> None:

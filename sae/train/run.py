@@ -6,6 +6,7 @@ the model's weights load.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,19 @@ from sae.coder import save_dictionary
 from sae.coder.coder import resolve as resolve_coder
 from sae.config import Config
 from sae.configuration import from_flat
-from sae.stream.live import LanguageModelSource, buffer_tokens
-from sae.stream.opening import open_model, pick_device, require_complete
+from sae.stream.buffered import BufferedSource, buffer_tokens
+from sae.stream.opening import open_model, pick_device, require_complete, require_single
+from sae.stream.rows import RowStream
+from sae.stream.shards import open_shards
 from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
-from sae.train.distributed import make_accelerator, mean_over_ranks
-from sae.train.folder import require_free, require_same, write_run_files
+from sae.train.distributed import (
+    make_accelerator,
+    mean_over_ranks,
+    require_divisible,
+    require_divisible_lanes,
+)
+from sae.train.folder import require_free, require_same, saved_lanes, write_run_files
 from sae.train.steps import resolve_step
 from sae.train.trainer import train_coder
 
@@ -35,33 +43,67 @@ def run(cfg: Config) -> Path:
     if accelerator.is_main_process:
         require_free(folder, cfg)
     accelerator.wait_for_everyone()
+    cfg = with_lanes(cfg, folder, accelerator.num_processes)
     source = open_source(cfg, accelerator)
-    cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, accelerator.device)
-    resume_from = prepare_folder(cfg, folder, accelerator)
-    coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
+    try:
+        cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, accelerator.device)
+        resume_from = prepare_folder(cfg, folder, accelerator)
+        coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
+    finally:
+        source.close()
     if accelerator.is_main_process:
         save_dictionary(coder, folder / "final")
     accelerator.wait_for_everyone()
     return folder
 
 
-def open_source(cfg: Config, accelerator: Accelerator) -> LanguageModelSource:
-    """Open text and model of `cfg` for this process."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    # A packaged model is converted once, by the first process that asks for it.
-    with accelerator.main_process_first():
-        opened = open_model(cfg, accelerator.device)
-    return LanguageModelSource(
-        opened.lm,
-        opened.hookpoint,
-        lambda: opened.contexts("train", rank=rank, world_size=world_size),
+def open_source(cfg: Config, accelerator: Accelerator) -> BufferedSource:
+    """Open what `cfg` trains on: this process's lanes of a model's activations, or of shards."""
+    assert cfg.stream.lanes is not None
+    n_mine = cfg.stream.lanes // accelerator.num_processes
+    first = accelerator.process_index * n_mine
+    lanes = range(first, first + n_mine)
+    open_lanes = model_lanes if cfg.stream.shards is None else shard_lanes
+    return BufferedSource(
+        open_lanes(cfg, lanes, accelerator),
         cfg.stream,
         context_size=cfg.data.context_size,
-        seed=cfg.run.seed * 1009 + rank,
+        seed=cfg.run.seed,
         device=accelerator.device,
         max_norm_ratio=cfg.data.max_norm_ratio,
         over_ranks=mean_over_ranks,
     )
+
+
+def model_lanes(
+    cfg: Config, lanes: Iterable[int], accelerator: Accelerator
+) -> dict[int, RowStream]:
+    """Open text and model of `cfg`."""
+    # A packaged model is converted once, by the first process that asks for it.
+    with accelerator.main_process_first():
+        opened = open_model(cfg, accelerator.device)
+    require_single(opened.hookpoints, opened.other is not None)
+    reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
+    return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
+
+
+def shard_lanes(cfg: Config, lanes: Iterable[int], _: Accelerator) -> dict[int, RowStream]:
+    """Open the shards of `cfg`; no model is loaded."""
+    n_lanes = cfg.stream.lanes or 1
+    streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}
+    require_single(next(iter(streams.values())).names)
+    return dict(streams)
+
+
+def with_lanes(cfg: Config, folder: Path, n_processes: int) -> Config:
+    """Return `cfg` with a number of lanes: its own, that of the run it continues, or one a process.
+
+    Errors: ValueError where the processes cannot divide them, or they the batch.
+    """
+    lanes = cfg.stream.lanes or saved_lanes(folder) or n_processes
+    require_divisible_lanes(lanes, n_processes)
+    require_divisible(cfg.train, lanes, "lanes")
+    return replace(cfg, stream=replace(cfg.stream, lanes=lanes))
 
 
 def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -> Config:
@@ -79,9 +121,10 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
     return resolve_step(resolved)
 
 
-def with_dtypes(cfg: Config, source: LanguageModelSource) -> Config:
+def with_dtypes(cfg: Config, source: BufferedSource) -> Config:
     """Return `cfg` with the dtypes that this machine chose, so that another keeps to them."""
-    dtypes = {"model.dtype": source.lm.dtype, "stream.dtype": source.buffer.storage.dtype}
+    first = next(iter(source.lanes.values()))
+    dtypes = {"model.dtype": first.stream.dtypes[0], "stream.dtype": source.dtypes[0]}
     return from_flat({key: str(t).removeprefix("torch.") for key, t in dtypes.items()}, cfg)
 
 

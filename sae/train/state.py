@@ -1,33 +1,38 @@
 """Everything of a run that must survive a kill, in one place.
 
 `scalars` and `tensors` are the same on every process and written once; `own_tensors` and the
-source's state are each process's own.
+source's lanes are each process's own, and can be divided among another number of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder, to_raw_units
+from sae.coder import SparseCoder
+from sae.stream.normalisation import Normaliser
 from sae.stream.source import ActivationSource
 from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
 from sae.train.metrics import MetricSums
+
+LAST_FIRED = "dead.last_fired_at"
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What was estimated before the first step.
 
-    scale: factor that the coder's inputs are multiplied by. variance: mean squared distance of
-    scaled activations from their mean. mean: (d_in), in scaled units. b_dec: (d_in), its start.
+    normaliser: from raw activations to the units that the coder is trained in; the rest is in
+    these. variance: mean squared distance of activations from their mean. mean: (d_in). b_dec:
+    (d_in), its start.
     """
 
-    scale: float
+    normaliser: Normaliser
     variance: float
     mean: Tensor
     b_dec: Tensor
@@ -53,23 +58,21 @@ class TrainState:
 
     def raw_coder(self) -> SparseCoder:
         """Return a copy of the coder that works on raw activations: what is saved."""
-        raw = to_raw_units(self.coder, self.calibration.scale)
+        raw = self.calibration.normaliser.to_raw_units(self.coder)
         raw.metadata["sae_training_tokens"] = self.tokens_seen
         return raw
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that is plain numbers."""
-        return {
-            "step": self.step,
-            "scale": self.calibration.scale,
-            "variance": self.calibration.variance,
-        }
+        return {"step": self.step, "variance": self.calibration.variance}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the part of the state that is tensors, by name; live tensors, not copies."""
+        normaliser = self.calibration.normaliser.tensors()
         return {
             **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
             **{f"adam.{name}": value for name, value in self.adam.tensors().items()},
+            **{f"normaliser.{name}": value for name, value in normaliser.items()},
             "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,
         }
@@ -78,17 +81,40 @@ class TrainState:
         """Return this process's counts since the processes last added them up; live tensors."""
         return {
             **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
-            "dead.last_fired_at": self.dead.last_fired_at,
+            LAST_FIRED: self.dead.last_fired_at,
         }
 
+    def merged_own(self, saved: Sequence[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
+        """Return what process `rank` goes on with from the `own_tensors` of all that saved.
+
+        As many processes as saved take up their own. Otherwise the first takes the sums of all, and
+        every one the latest firing that any saw.
+        """
+        mine = {}
+        for name in self.own_tensors():
+            parts = torch.stack([own[name] for own in saved])
+            if name == LAST_FIRED:
+                mine[name] = parts.amax(0)
+            else:
+                mine[name] = parts.sum(0) if rank == 0 else torch.zeros_like(parts[0])
+        return mine
+
     def load_(self, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take over a saved state, in place."""
+        """Take over a saved state, in place.
+
+        Errors: ValueError where a tensor is missing; nothing is changed then.
+        """
+        wanted = {**self.tensors(), **self.own_tensors()}
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise ValueError(
+                f"a checkpoint must hold all of the trainer's state; it lacks {missing[:4]}. It "
+                "was written by another version of this package: resume with that, or begin anew "
+                "in another folder."
+            )
         self.step = scalars["step"]
-        self.calibration = replace(
-            self.calibration, scale=scalars["scale"], variance=scalars["variance"]
-        )
+        self.calibration = replace(self.calibration, variance=scalars["variance"])
         device = self.dead.indices.device
         self.dead.indices = tensors["dead.indices"].to(device)
-        for name, value in {**self.tensors(), **self.own_tensors()}.items():
+        for name, value in wanted.items():
             if name != "dead.indices":
                 value.copy_(tensors[name])

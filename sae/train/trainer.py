@@ -20,11 +20,12 @@ from sae.coder import SparseCoder
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import initial_b_dec
 from sae.config import Config
+from sae.stream.normalisation import Normaliser, PooledSample
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
 from sae.train.adam import AdamState
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
 from sae.train.dead import DeadLatents
-from sae.train.distributed import mean_over_ranks
+from sae.train.distributed import sum_over_ranks
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.metrics import MetricSums
 from sae.train.progress import TrainProgress
@@ -120,23 +121,22 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
 
 
 def calibrate(sample: Tensor, cfg: Config) -> Calibration:
-    """Return scale, variance, mean and b_dec from a sample (m, d_in), averaged over processes.
+    """Return normaliser, variance, mean and b_dec from a sample (m, d_in) of every process.
 
     Errors: ValueError where all activations are equal.
     """
-    mean_norm = float(mean_over_ranks(sample.double().norm(dim=1).mean()))
-    is_scaled = cfg.stream.scale == "mean_norm" and mean_norm > 0
-    scale = sample.shape[1] ** 0.5 / mean_norm if is_scaled else 1.0
-    scaled = sample.double() * scale
-    mean = mean_over_ranks(scaled.mean(0))
-    variance = float(mean_over_ranks((scaled - mean).pow(2).sum(1).mean()))
+    normaliser = Normaliser.fit(sample, cfg.stream.normalisation, sum_over_ranks)
+    x = normaliser.apply(sample)
+    pooled = PooledSample(x, sum_over_ranks)
+    mean = pooled.mean(lambda rows: rows.sum(0))
+    variance = float(pooled.mean(lambda rows: (rows - mean).square().sum()))
     if variance == 0:
         raise ValueError(
             "activations must differ from one another; all tokens of the calibration sample are "
             "equal. Check the hookpoint or the data."
         )
-    b_dec = initial_b_dec(scaled.float(), cfg.coder.b_dec_init).to(sample.device)
-    return Calibration(scale, variance, mean.float(), mean_over_ranks(b_dec))
+    b_dec = initial_b_dec(x, cfg.coder.b_dec_init, sum_over_ranks).to(sample.device)
+    return Calibration(normaliser, variance, mean.float(), b_dec)
 
 
 def loss_names(cfg: Config) -> tuple[str, ...]:
@@ -171,6 +171,7 @@ class Log:
             "dead_share": float(state.dead.share(tokens)),
             "lr": lr_at(state.step - 1, self.cfg.train),
             "tokens_per_second": self._rate(tokens),
+            **state.source.log_values(),
         }
         _require_finite_loss(row, state.source.name)
         self.progress.show(row)
@@ -200,12 +201,12 @@ def _inputs(cfg: Config, state: TrainState, accelerator: Accelerator) -> Iterato
 
 
 def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
-    """Return this process's next n activations in scaled units, float32, on the device."""
+    """Return this process's next n activations in training units, float32, on the device."""
     try:
         x = state.source.next_batch(n)
     except NonFiniteActivationsError as error:
         raise NonFiniteActivationsError(f"at step {state.step}: {error}") from error
-    return x.detach().to(accelerator.device, torch.float32) * state.calibration.scale
+    return state.calibration.normaliser.apply(x.detach().to(accelerator.device))
 
 
 def _stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:

@@ -54,7 +54,7 @@ def settings(task: Task, step: str, precision: Precision, moments: Moments) -> C
         "coder.d_sae": shape.d_sae,
         "coder.k": shape.k,
         "coder.b_dec_init": "zeros",
-        "stream.scale": "none",
+        "stream.normalisation": "none",
         "train.tokens": 10**6 * shape.n,
         "train.batch_tokens": shape.n,
         "train.adam_betas": BETAS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sae.analysis.strongest import KEY_TOKENS, NO_TOKEN
 from sae.coder import SparseCoder
 from sae.config import CoderConfig
 from sae.stream.contexts import CapturedContexts
+from sae.stream.masks import PADDING_DOCUMENT
 
 D_IN, D_SAE, N, T, LEFT, RIGHT = 6, 15, 12, 9, 3, 2
 
@@ -106,6 +108,27 @@ def test_any_split_into_batches_gives_the_same(splits: list[int]):
     whole, parts = collected([]), collected(splits)
     for name in ("firing_counts", "histogram", "peaks", "sequence_ids", "tokens", "activations"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_padding_is_not_shown():
+    """A context whose document ends is as if it ended there."""
+    contexts, n_padding = make_contexts(), 4
+    is_padding = torch.arange(T) >= T - n_padding
+    padded = replace(
+        contexts,
+        document_ids=contexts.document_ids.masked_fill(is_padding, PADDING_DOCUMENT),
+        is_kept=contexts.is_kept & ~is_padding,
+    )
+    ended = CapturedContexts(
+        *(getattr(padded, field.name)[:, : T - n_padding] for field in fields(padded))
+    )
+    features = []
+    for given_contexts in (padded, ended):
+        collector = FeatureCollector(D_SAE, contexts_per_latent=4, left=LEFT, right=RIGHT)
+        collector.update(make_coder(), given_contexts)
+        features.append(collector.features())
+    assert torch.equal(features[0].tokens, features[1].tokens)
+    assert torch.equal(features[0].peaks, features[1].peaks)
 
 
 def test_a_text_that_comes_twice_is_shown_once():

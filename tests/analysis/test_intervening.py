@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from sae.analysis import OpenedRun, ablate, splice, steer, strongest_latents
+from sae.coder import with_layer_norm
+from sae.coder.layer_norm import layer_norm
 from sae.stream.hookpoints import capture
 
 TOKENS = torch.tensor([[0, 5, 9, 40, 17, 88, 120, 7], [0, 61, 3, 77, 200, 14, 15, 16]])
@@ -60,6 +62,27 @@ def test_steer_adds_the_direction_everywhere(opened_run: OpenedRun):
         seen = activation(opened_run)
     expected = x + 3 * opened_run.coder.W_dec[5].detach()
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_coder_with_a_layer_norm_intervenes_in_the_models_units(opened_run: OpenedRun):
+    """Spliced: coder(x). Ablated and steered: a latent's row times the token's deviation."""
+    x, coder = activation(opened_run), with_layer_norm(opened_run.coder)
+    place = (opened_run.lm, opened_run.hookpoint, coder)
+    deviation = x.std(-1, keepdim=True)
+    with torch.no_grad():
+        expected = coder(x)
+        code = opened_run.coder.encode(layer_norm(x))
+        latent = int(code[:, 1:].sum((0, 1)).argmax())
+        written = deviation * coder.W_dec[latent]
+    with splice(*place):
+        seen = activation(opened_run)
+    torch.testing.assert_close(seen[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
+    with ablate(*place, [latent]):
+        ablated = activation(opened_run)
+    expected = x - code[..., [latent]] * written
+    torch.testing.assert_close(ablated[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
+    with steer(*place, latent, 3.0):
+        torch.testing.assert_close(activation(opened_run), x + 3 * written, rtol=1e-4, atol=1e-5)
 
 
 def test_interventions_work_while_generating(opened_run: OpenedRun):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -195,6 +198,26 @@ def test_b_dec_init_changes_the_start(method: str):
     start = initial_b_dec(x, method)
     expected = {"geometric_median": geometric_median(x), "mean": x.mean(0), "zeros": 0 * x[0]}
     torch.testing.assert_close(start, expected[method])
+
+
+@pytest.mark.parametrize("method", ["geometric_median", "mean"])
+def test_b_dec_starts_at_the_centre_of_all_processes_samples(method: str):
+    """Two of them, one with a tenth of the rows: as if one had all."""
+    x = inputs(60) * torch.linspace(0, 4, 60)[:, None] + 4
+    mine, others = x[:6], x[6:]
+    barrier, sums = threading.Barrier(2), {}
+
+    def over_ranks(part: torch.Tensor) -> torch.Tensor:
+        sums[threading.get_ident()] = part.clone()
+        barrier.wait(10)
+        total = torch.stack(list(sums.values())).sum(0)
+        barrier.wait(10)
+        return total
+
+    with ThreadPoolExecutor(2) as pool:
+        starts = pool.map(lambda rows: initial_b_dec(rows, method, over_ranks), (mine, others))
+        for start in starts:
+            torch.testing.assert_close(start, initial_b_dec(x, method), rtol=1e-5, atol=1e-5)
 
 
 def matmul_shapes(profile: torch.autograd.profiler.profile) -> list[set[int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from eval_stand_ins import FunctionCoder, assert_same
 
-from sae.coder import SparseCoder
+from sae.coder import SparseCoder, with_layer_norm
 from sae.config import CoderConfig
 from sae.evals import (
     EVALS,
@@ -56,6 +56,22 @@ def test_numbers_are_those_of_the_captured_activations(results, coder, lm, hookp
         error = (x - coder(x)).double().pow(2).sum()
     fvu = error / (x.double() - x.double().mean(0)).pow(2).sum()
     assert results.metrics["fvu"] == pytest.approx(float(fvu), rel=1e-6)
+
+
+def test_a_coder_with_a_layer_norm_is_evaluated_in_raw_units(coder, lm, hookpoint, contexts):
+    """Its fvu and what is spliced are those of coder(x): a code alone does not say them."""
+    normed = with_layer_norm(coder)
+    names, place = ["reconstruction", "downstream"], {"lm": lm, "hookpoint": hookpoint}
+    found = evaluate(normed, [contexts], names=names, n_resamples=2, **place)
+    x = capture(lm.module, [hookpoint], contexts.tokens)[hookpoint][contexts.is_kept]
+    with torch.no_grad():
+        error = (x - normed(x)).double().pow(2).sum()
+    fvu = error / (x.double() - x.double().mean(0)).pow(2).sum()
+    assert found.metrics["fvu"] == pytest.approx(float(fvu), rel=1e-6)
+    by_call = FunctionCoder(lambda rows: normed(rows))
+    same = evaluate(by_call, [contexts], names=names, n_resamples=2, **place)
+    for name in ("fvu", "ce_spliced", "kl"):
+        assert found.metrics[name] == pytest.approx(same.metrics[name], rel=1e-5)
 
 
 def test_batch_size_changes_nothing(results, coder, lm, contexts):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from toy_rows import assert_resumes_exactly, saved
 
 from sae.stream.arrays import ArraySource, open_source
 from sae.stream.source import NonFiniteActivationsError
@@ -42,20 +43,32 @@ def test_kinds_of_input_give_the_same_batches(tmp_path: Path):
         assert ids(open_source(kind, seed=4).next_batch(70)) == expected
 
 
-def test_ranks_divide_each_epoch():
-    parts = [ids(open_source(rows(), rank=r, world_size=3).next_batch(16)) for r in range(3)]
-    together = [i for part in parts for i in part]
-    assert len(set(together)) == 48
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
+def test_processes_divide_every_batch_of_one_order(world_size: int):
+    """Across epoch edges, and beyond a whole epoch in one batch."""
+    alone = open_source(rows(), seed=5)
+    parts = [open_source(rows(), seed=5, rank=r, world_size=world_size) for r in range(world_size)]
+    for n in (12, 24, 48, 132, 12):
+        together = [i for part in parts for i in ids(part.next_batch(n // world_size))]
+        assert together == ids(alone.next_batch(n))
 
 
 def test_resume_is_exact_across_an_epoch_edge():
-    source = open_source(rows(), seed=2)
-    source.next_batch(45)
-    state = source.state()
-    expected = [ids(source.next_batch(20)) for _ in range(4)]
-    again = open_source(rows(), seed=2)
-    again.load_state(state)
-    assert [ids(again.next_batch(20)) for _ in range(4)] == expected
+    def make():
+        return open_source(rows(), seed=2)
+
+    assert_resumes_exactly(make, batch=20, stops=(0, 1, 2, 3, 5, 8))
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches():
+    alone = open_source(rows(), seed=5)
+    first = [open_source(rows(), seed=5, rank=r, world_size=3) for r in range(3)]
+    for source in (alone, *first):
+        source.next_batch(36 if source is alone else 12)
+    then = [open_source(rows(), seed=5, rank=r, world_size=2) for r in range(2)]
+    for source in then:
+        source.load_state(saved(first[0]))
+    assert [i for part in then for i in ids(part.next_batch(15))] == ids(alone.next_batch(30))
 
 
 def test_calibration_consumes_nothing():

@@ -15,6 +15,7 @@ from sae.stream.hookpoints import (
     edit,
     find_hookpoint,
     find_hookpoints,
+    find_hookpoints_of,
     width,
 )
 
@@ -67,6 +68,34 @@ def n_hooks(model: nn.Module) -> int:
 )
 def test_patterns(lm: nn.Module, pattern: str, expected: list[str]) -> None:
     assert [str(hookpoint) for hookpoint in find_hookpoints(lm, pattern)] == expected
+
+
+def test_commas_separate_patterns_and_nothing_comes_twice(lm: nn.Module) -> None:
+    found = find_hookpoints_of(lm, "layers.2:in, layers.[12],layers.2")
+    assert [str(h) for h in found] == ["model.layers.2:in", "model.layers.1", "model.layers.2"]
+    with pytest.raises(ValueError, match=r"'layers.9'.*matches none"):
+        find_hookpoints_of(lm, "layers.1, layers.9")
+
+
+class _Heads(nn.Module):
+    """Attention whose heads go through a module of their own, (b, t, heads, d_head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.heads = nn.Embedding(9, 6), nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.heads(self.mix(tokens).unflatten(-1, (3, 2))).flatten(-2)
+
+
+def test_heads_come_concatenated() -> None:
+    model, tokens = _Heads(), torch.arange(6).view(2, 3)
+    captured = capture(model, [Hookpoint("heads")], tokens)[Hookpoint("heads")]
+    torch.testing.assert_close(captured, model(tokens))
+    with edit(model, Hookpoint("heads"), lambda x: x * torch.tensor([0.0, 1, 1])[:, None]):
+        edited = model(tokens)
+    assert (edited[..., :2] == 0).all()
+    assert (edited[..., 2:] == captured[..., 2:]).all()
 
 
 def test_no_match_lists_near_paths(lm: nn.Module) -> None:

@@ -39,8 +39,8 @@ def make(
 
 def inputs_of(state: TrainState, n_micro: int, n_tokens: int) -> list[Tensor]:
     """Return the next micro-batches, in training units."""
-    scale, device = state.calibration.scale, state.coder.W_enc.device
-    return [state.source.next_batch(n_tokens).to(device).float() * scale for _ in range(n_micro)]
+    normaliser, device = state.calibration.normaliser, state.coder.W_enc.device
+    return [normaliser.apply(state.source.next_batch(n_tokens).to(device)) for _ in range(n_micro)]
 
 
 def train(

@@ -26,8 +26,9 @@ class Graphs:
                 self.again()
 
         @contextmanager
-        def capturing(graph, pool):
+        def capturing(graph, pool, capture_error_mode):
             assert pool == "pool"
+            assert capture_error_mode == "thread_local"  # a refilling thread may allocate
             outer.is_capturing, outer.current = True, graph
             outer.n_captures += 1
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sae.train.metrics import MetricSums
 from sae.train.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
+TIMES = ("tokens_per_second", "wait_share")
 LOSSES = ("loss", "reconstruction", "auxk")
 
 
@@ -57,7 +59,10 @@ def test_two_ranks_train_one_coder_on_their_own_data(tiny_config: Path):
     assert {p.name for p in newest.glob("rank_*.json")} == {"rank_0.json", "rank_1.json"}
     from safetensors.torch import load_file
 
-    buffers = [load_file(newest / f"rank_{rank}.safetensors")["source.buffer"] for rank in (0, 1)]
+    buffers = [
+        load_file(newest / f"rank_{rank}.safetensors")[f"source.lane_{rank}.buffer.0"]
+        for rank in (0, 1)
+    ]
     assert not torch.equal(buffers[0], buffers[1])
     rows = read_metrics(folder)
     assert rows[-1]["tokens"] == 24 * 128
@@ -65,7 +70,7 @@ def test_two_ranks_train_one_coder_on_their_own_data(tiny_config: Path):
     assert rows[-1]["fvu"] < rows[0]["fvu"]
 
 
-def test_two_ranks_resume_exactly_and_only_on_two(tiny_config: Path, tmp_path: Path):
+def test_two_ranks_resume_exactly(tiny_config: Path, tmp_path: Path):
     # Checkpoints fall between refreshes of the dead list and between rows of the log.
     odd = ["--train.checkpoint_every_steps", "7", "--train.log_every_steps", "5"]
     odd += ["--train.dead_after_tokens", "256", "--train.dead_refresh_steps", "4"]
@@ -73,17 +78,47 @@ def test_two_ranks_resume_exactly_and_only_on_two(tiny_config: Path, tmp_path: P
     assert torchrun("scripts/train.py", tiny_config, *odd, "--run.folder", whole).returncode == 0
     folder = tiny_config.parent / "run"
     assert torchrun("scripts/train.py", tiny_config, *odd).returncode == 0
-    import shutil
-
     shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
     shutil.rmtree(folder / "final")
     flags = [*odd, "--train.resume", "auto"]
-    alone = run_sae("train", tiny_config, *flags)
-    assert alone.returncode == 2
-    assert "saved by 2, now 1 run" in alone.stderr
     assert torchrun("scripts/train.py", tiny_config, *flags).returncode == 0
     assert torch.equal(sae.load(whole).W_enc, sae.load(folder).W_enc)
     assert_same_state(whole, folder)
+
+
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+    tiny_config: Path, tmp_path: Path
+):
+    """The batches are the same, so the coders are, up to the order in which gradients add up."""
+    flags = ["--train.checkpoint_every_steps", "7", "--train.log_every_steps", "5"]
+    flags += ["--coder.k_aux", "0", "--stream.lanes", "2"]
+    whole, folder = tmp_path / "whole", tiny_config.parent / "run"
+    assert torchrun("scripts/train.py", tiny_config, *flags, "--run.folder", whole).returncode == 0
+    for first, then in ((torchrun, on_one), (on_one, torchrun)):
+        shutil.rmtree(folder, ignore_errors=True)
+        done = first("scripts/train.py", tiny_config, *flags)
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
+        shutil.rmtree(folder / "final")
+        # Two processes need not be told the lanes of the run.
+        again = flags[:-2] if then is torchrun else flags
+        done = then("scripts/train.py", tiny_config, *again, "--train.resume", "auto")
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(sae.load(folder).W_enc, sae.load(whole).W_enc, rtol=0, atol=1e-5)
+        rows = zip(read_metrics(folder), read_metrics(whole), strict=True)
+        for one, other in rows:
+            assert one["fvu"] == pytest.approx(other["fvu"], rel=1e-4)
+            assert one["dead_share"] == other["dead_share"]
+
+
+def on_one(_script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_sae("train", *arguments)
+
+
+def test_processes_that_cannot_share_the_lanes_are_refused(tiny_config: Path):
+    done = torchrun("scripts/train.py", tiny_config, "--stream.lanes", "3")
+    assert done.returncode != 0
+    assert "got 3 lanes and 2 processes. Launch 1, 3 of them" in done.stderr
 
 
 def assert_same_state(first: Path, second: Path) -> None:
@@ -96,7 +131,7 @@ def assert_same_state(first: Path, second: Path) -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
     rows = [
-        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
         for run in (first, second)
     ]
     assert rows[0] == rows[1]

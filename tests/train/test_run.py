@@ -35,8 +35,13 @@ def test_a_run_leaves_a_folder_that_says_everything(tiny_config: Path):
     assert [row["step"] for row in rows] == list(range(3, 25, 3))
     assert set(rows[0]) == {
         *("step", "tokens", "loss", "reconstruction", "auxk", "fvu", "l0"),
-        *("dead_share", "lr", "tokens_per_second"),
+        *("dead_share", "lr", "tokens_per_second", "wait_share"),
+        *("same_document_pairs", "pairs_over_buffer", "pairs_over_text"),
+        *("masked_padding", "masked_bos", "masked_first", "masked_special"),
     }
+    assert all(0 <= row["wait_share"] <= 1 for row in rows)
+    assert 1 / 32 < rows[-1]["masked_bos"] < 0.1  # one a context of 32 tokens, and one a document
+    assert rows[-1]["masked_padding"] == rows[-1]["masked_first"] == 0
     assert rows[-1]["fvu"] < rows[0]["fvu"]
     resolved = read_run_config(folder)
     assert resolved.train.lr is not None
@@ -55,8 +60,8 @@ def test_checkpoints_are_in_raw_units(tiny_config: Path):
 
     folder = run(configured(tiny_config))
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    scale = json.loads((newest / "trainer.json").read_text())["scale"]
     training = load_file(newest / "trainer.safetensors")
+    scale = training["normaliser.factor"]
     assert abs(scale - 1) > 0.01
     torch.testing.assert_close(sae.load(newest).b_dec * scale, training["coder.b_dec"])
     assert torch.equal(sae.load(newest).W_enc, training["coder.W_enc"])
@@ -137,9 +142,9 @@ def test_nan_activations_name_the_hookpoint(
 def test_nan_in_mid_run_names_the_step_and_keeps_the_checkpoint(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import sae.stream.live as live
+    import sae.stream.reader as reader
 
-    honest, calls = live.capture, []
+    honest, calls = reader.capture, []
 
     def poisoned(module, hookpoints, tokens):
         captured = honest(module, hookpoints, tokens)
@@ -148,7 +153,7 @@ def test_nan_in_mid_run_names_the_step_and_keeps_the_checkpoint(
             captured[hookpoints[0]][0, 5] = float("nan")
         return captured
 
-    monkeypatch.setattr(live, "capture", poisoned)
+    monkeypatch.setattr(reader, "capture", poisoned)
     with pytest.raises(NonFiniteActivationsError, match=r"at step \d+: activations of `model"):
         run(configured(tiny_config))
     saved = sorted((tiny_config.parent / "run/checkpoints").iterdir())

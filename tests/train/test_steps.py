@@ -17,6 +17,7 @@ import sae_kernels
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.losses import LossInputs, auxk_gradients, auxk_loss
 from sae.stream.arrays import open_source
+from sae.stream.normalisation import Normaliser
 from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
 from sae.train.fused_step import FusedStep
@@ -396,7 +397,7 @@ def test_no_step_reads_from_the_device(monkeypatch: pytest.MonkeyPatch, settings
             dead=dead,
             metrics=MetricSums(mean, ("loss", "reconstruction", "auxk")),
             source=source,
-            calibration=Calibration(1.0, 1.0, mean, mean),
+            calibration=Calibration(Normaliser("none"), 1.0, mean, mean),
             batch_tokens=cfg.train.batch_tokens,
         )
         accelerator: Any = SimpleNamespace(device=meta, num_processes=1)

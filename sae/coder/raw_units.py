@@ -1,0 +1,85 @@
+"""From a coder that was trained in normalised units to one that works on raw activations.
+
+What a coder is trained on is x = f(x_raw); the coders returned here give the code of f(x_raw), and
+reconstruct x_raw. `stream.normalisation` says which f a run has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.coder.coder import SparseCoder
+
+# Weights pass through float64, this many rows at a time.
+ROWS_AT_ONCE = 4096
+
+
+@torch.no_grad()
+def to_raw_units(coder: SparseCoder, scale: float) -> SparseCoder:
+    """Return a copy of `coder`, trained on scale · x, that works on x.
+
+    All activation functions here satisfy act(s·h) = s·act(h), so dividing both biases by the scale
+    makes the code s times smaller and leaves both weight matrices, and the unit decoder rows, as
+    they are.
+    """
+    raw = _copy(coder)
+    raw.b_enc.div_(scale)
+    raw.b_dec.div_(scale)
+    return raw
+
+
+@torch.no_grad()
+def fold_affine(coder: SparseCoder, shift: Tensor, factor: Tensor, inverse: Tensor) -> SparseCoder:
+    """Return a copy of `coder`, trained on (x − shift) A, that works on x.
+
+    W_enc ← W_enc A,   W_dec ← W_dec A⁻¹,   b_dec ← b_dec A⁻¹ + shift
+
+    Pre-activations, and with them the code, are those of training, whatever the activation
+    function. Decoder rows are what a latent writes in raw units: no longer of norm 1.
+
+    Args:
+        shift: (d_in). factor: A, symmetric (d_in, d_in), or its diagonal (d_in).
+        inverse: A⁻¹, like factor.
+    """
+    raw = _copy(coder)
+    device = coder.W_enc.device
+    shift, factor, inverse = (part.to(device, torch.float64) for part in (shift, factor, inverse))
+    b_dec = coder.b_dec.double()
+    raw.W_enc.copy_(_times(coder.W_enc, factor))
+    raw.W_dec.copy_(_times(coder.W_dec, inverse))
+    raw.b_dec.copy_(_times(b_dec[None], inverse)[0] + shift)
+    # Where the shift is large, b_dec's rounding is too: the pre-activations take it out again.
+    moved = raw.b_dec.double() - shift.cpu()
+    before, after = (
+        torch.cat([rows.double() @ bias for rows in weight.split(ROWS_AT_ONCE)]).cpu()
+        for weight, bias in ((coder.W_enc, b_dec), (raw.W_enc, moved))
+    )
+    raw.b_enc.copy_(coder.b_enc.double().cpu() - before + after)
+    return raw
+
+
+def with_layer_norm(coder: SparseCoder) -> SparseCoder:
+    """Return a copy of `coder`, trained on layer-normed tokens, that norms them itself.
+
+    A token's own mean and deviation cannot be folded into weights.
+    """
+    raw = _copy(coder)
+    raw.has_layer_norm = True
+    return raw
+
+
+def _copy(coder: SparseCoder) -> SparseCoder:
+    """Return a copy in CPU memory."""
+    copied = SparseCoder(coder.d_in, coder.cfg, coder.metadata, has_layer_norm=coder.has_layer_norm)
+    copied.load_state_dict(coder.state_dict())
+    return copied
+
+
+def _times(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return rows (n, d_in) · A, computed in float64, in their dtype."""
+    parts = [
+        (part.double() * factor if factor.ndim == 1 else part.double() @ factor).to(rows.dtype)
+        for part in rows.split(ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts)

@@ -298,8 +298,9 @@ def _summary(cfg: Config, folder: Path, manifest: Manifest) -> str:
             f"The text ended before the {cfg.harvest.tokens:,} tokens that were asked for: this is "
             "all of it, and the harvest is complete. "
         )
+    n = len(manifest.shards)
     return (
-        f"{early}{folder} holds {manifest.rows:,} tokens in {len(manifest.shards)} shards, "
+        f"{early}{folder} holds {manifest.rows:,} tokens in {n} shard{'s' * (n > 1)}, "
         f"{readable(manifest.bytes)}."
     )
 

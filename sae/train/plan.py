@@ -69,9 +69,12 @@ class Plan:
         found = []
         if self.peak > self.memory_available:
             largest = max(self.memory, key=self.memory.__getitem__)
+            remedy = REMEDIES.get(largest, REMEDY)
+            if largest == "shuffle buffer" and self.device != "cpu":
+                remedy = "Lower `stream.buffer_tokens`, or set `stream.device: cpu`."
             found.append(
                 f"memory: {gigabytes(self.peak)} are needed, {gigabytes(self.memory_available)} "
-                f"are there; most is {largest}. {REMEDIES.get(largest, REMEDY)}"
+                f"are there; most is {largest}. {remedy}"
             )
         needed = sum(self.disk.values())
         if needed > self.disk_free:
@@ -85,7 +88,7 @@ class Plan:
 REMEDY = "Use a larger machine."
 REMEDIES = {
     "model": "Set `model.dtype: bfloat16`, or `model.device` to another device.",
-    "shuffle buffer": "Lower `stream.buffer_tokens`, or set `stream.device: cpu`.",
+    "shuffle buffer": "Lower `stream.buffer_tokens`.",
     "coder": "Lower `coder.d_sae`.",
     "optimiser": "Set `train.adam_moments: 8bit`, or lower `coder.d_sae`.",
     "work and libraries": "Lower `stream.sequences_per_forward` or `train.batch_tokens`.",

@@ -100,8 +100,13 @@ class BufferedSource:
     def next_rows(self, n: int) -> Rows:
         """Return the next n rows of every hookpoint, (n, width) each; row i is of one token.
 
-        n must be a multiple of this process's lanes.
+        Errors: ValueError where n is no multiple of this process's lanes.
         """
+        if n % len(self.lanes):
+            raise ValueError(
+                f"rows must be asked for in multiples of the {len(self.lanes)} lanes; got {n}. "
+                "Set `train.batch_tokens` or `stream.lanes` so that they divide."
+            )
         parts = [
             part for lane in self.lanes.values() for part in self._take(lane, n // len(self.lanes))
         ]

@@ -59,6 +59,12 @@ def test_the_log_says_what_share_of_all_lanes_was_masked():
     assert source.log_values()["masked_bos"] == 0.25
 
 
+def test_lanes_that_do_not_divide_a_batch_are_refused():
+    (source,) = on(1)
+    with pytest.raises(ValueError, match="in multiples of the 6 lanes; got 20"):
+        source.next_batch(20)
+
+
 def test_no_row_comes_twice():
     seen = [number for batch in global_batches(on(3), 40) for number in batch]
     assert len(set(seen)) == len(seen)

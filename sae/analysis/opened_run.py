@@ -14,7 +14,7 @@ from sae.configuration import read_run_config
 from sae.interop import load
 from sae.stream.hookpoints import Hookpoint, find_hookpoint
 from sae.stream.language_model import LanguageModel, load_language_model
-from sae.stream.opening import pick_device
+from sae.stream.opening import model_device, pick_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ def open_run(run: str | Path) -> OpenedRun:
     run = Path(run)
     cfg = read_run_config(run)
     atlas = Atlas.load(run)
-    lm = load_language_model(cfg.model, pick_device(cfg.run.device))
+    lm = load_language_model(cfg.model, model_device(cfg, pick_device(cfg.run.device)))
     hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
     return OpenedRun(load(run).to(lm.device), lm, hookpoint, atlas)

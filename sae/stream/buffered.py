@@ -75,7 +75,7 @@ class BufferedSource:
         self.lanes = {number: lane(number) for number in sorted(streams)}
         lanes = list(self.lanes.values())
         is_threaded = device.type == "cuda" if cfg.refill == "auto" else cfg.refill == "thread"
-        self.refill = ThreadRefill(lanes) if is_threaded else InlineRefill(lanes)
+        self.refill = ThreadRefill(lanes) if is_threaded else InlineRefill()
         self.waited_seconds, self._logged = 0.0, (time.monotonic(), 0.0)
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:

@@ -9,8 +9,6 @@ again, which costs little, and not run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,6 @@ from typing import Any
 import torch
 
 from sae.config import Config
-from sae.configuration import flatten
 from sae.stream import shard_files
 from sae.stream.contexts import Contexts
 from sae.stream.documents import Documents, LocalDocuments
@@ -36,7 +33,7 @@ from sae.stream.harvest_size import (
     text_digest,
     token_bytes,
 )
-from sae.stream.manifest import End, Manifest, differences
+from sae.stream.manifest import End, Manifest, differences, digest_of, plain_settings
 from sae.stream.moments import Moments
 from sae.stream.opening import OpenedModel, open_model, pick_device
 from sae.stream.shard_files import is_intact, split_pieces
@@ -47,7 +44,6 @@ from sae.stream.shard_writer import (
     open_folder,
     remove_leftovers,
 )
-from sae.stream.shards import READER_SETTINGS
 from sae.stream.source import require_finite
 
 PACKAGES = ("torch", "transformers")
@@ -119,19 +115,14 @@ class _Plan:
     def identity(self) -> dict[str, Any]:
         """Return all that decides the bytes of the shards, as plain JSON."""
         cfg, lm = self.opened.cfg, self.opened.lm
-        settings = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in flatten(cfg).items()
-            if key.startswith(("model.", "data.")) and key not in READER_SETTINGS
-        }
         config: Any = lm.module.config
         vocabulary = sorted(lm.tokenizer.get_vocab().items())
         return {
-            **settings,
+            **plain_settings(cfg, ("model.", "data.")),
             "model.hookpoint": ",".join(self.names),
             "model.dtype": _name(lm.dtype),
-            "model.config": _digest(config.to_diff_dict()),
-            "model.tokenizer": _digest(vocabulary),
+            "model.config": digest_of(config.to_diff_dict()),
+            "model.tokenizer": digest_of(vocabulary),
             "data.text": text_digest(self.opened.documents),
             "hookpoints": self.names,
             "widths": self.widths,
@@ -307,8 +298,3 @@ def _summary(cfg: Config, folder: Path, manifest: Manifest) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -15,9 +15,13 @@ from typing import Any, Literal
 
 import torch
 
+from sae.config import Config
+from sae.configuration import flatten
 from sae.files import read_json, write_json
 
 MANIFEST = "manifest.json"
+# All rows are on disk, whoever reads leaves some out; and any device may have made them.
+READER_SETTINGS = ("data.max_norm_ratio", "model.device")
 FORMAT = 1
 End = Literal["tokens", "text"]
 
@@ -87,7 +91,7 @@ class Manifest:
 
     def digest(self) -> str:
         """Return what tells these activations from others: 16 hex digits over the shards' names."""
-        return _digest([shard.name for shard in self.shards])
+        return digest_of([shard.name for shard in self.shards])
 
     @property
     def is_complete(self) -> bool:
@@ -107,7 +111,7 @@ class Manifest:
             "statistics": self.statistics,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        write_json(folder / MANIFEST, {**tree, "checksum": _digest(tree)})
+        write_json(folder / MANIFEST, {**tree, "checksum": digest_of(tree)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -127,7 +131,7 @@ class Manifest:
                 f"`{path}` must have the format {FORMAT}; it has {tree.get('format')!r}. Harvest "
                 "into another folder, or read it with the version of sae that wrote it."
             )
-        if tree.pop("checksum", None) != _digest(tree):
+        if tree.pop("checksum", None) != digest_of(tree):
             raise ValueError(
                 f"`{path}` must be as `sae harvest` wrote it; its checksum is another, so it is "
                 "damaged or was edited. Restore it, or harvest into another folder."
@@ -161,6 +165,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
 
 
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True)
+def plain_settings(cfg: Config, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of these prefixes that decide activations, as plain JSON."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in flatten(cfg).items()
+        if key.startswith(prefixes) and key not in READER_SETTINGS
+    }
+
+
+def digest_of(value: object) -> str:
+    """Return what tells one value of plain data from another: 16 hex digits."""
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

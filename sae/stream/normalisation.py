@@ -32,14 +32,13 @@ import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder, fold_affine, to_raw_units, with_layer_norm
+from sae.coder.initialisation import OverRanks
 from sae.coder.layer_norm import layer_norm
 from sae.config import NormalisationName
 
 FLOOR = 1e-4
 """Least variance of a direction, in units of the mean variance of all."""
 ROWS_AT_ONCE = 4096
-
-OverRanks = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

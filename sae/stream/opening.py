@@ -79,8 +79,7 @@ def open_model(
     documents = open_documents(cfg.data)
     require(documents)
     _require_same_tokenizer(cfg)
-    if cfg.model.device != "auto":
-        device = pick_device(cfg.model.device, "model.device")
+    device = model_device(cfg, device)
     lm = load_language_model(cfg.model, device)
     _require_fitting_contexts(cfg, lm)
     hookpoints = tuple(find_hookpoints_of(lm.module, cfg.model.hookpoint))
@@ -88,6 +87,13 @@ def open_model(
     if cfg.model.other is not None:
         other = load_language_model(replace(cfg.model, name=cfg.model.other, revision=None), device)
     return OpenedModel(cfg, lm, hookpoints, documents, other)
+
+
+def model_device(cfg: Config, device: torch.device) -> torch.device:
+    """Return the device that `cfg` gives its models; auto is `device`, the coder's."""
+    if cfg.model.device == "auto":
+        return device
+    return pick_device(cfg.model.device, "model.device")
 
 
 def require_single(hookpoints: Sequence[Hookpoint | str], is_pair: bool = False) -> None:

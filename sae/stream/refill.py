@@ -23,9 +23,6 @@ Tell = Callable[[], None]
 class InlineRefill:
     """Fill the buffers in the caller's thread, when a cycle is spent."""
 
-    def __init__(self, lanes: Sequence[Lane]):
-        self.lanes = lanes
-
     def complete(self, lane: Lane, tell: Tell | None = None) -> None:
         """Return once a spent cycle's slots are all filled, telling after every block."""
         while lane.buffer.room:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from sae.config import Config
-from sae.configuration import flatten
 from sae.stream.hookpoints import choose_names
-from sae.stream.manifest import Manifest, differences, read_complete
+from sae.stream.manifest import Manifest, differences, plain_settings, read_complete
 from sae.stream.prefetch import Prefetched
 from sae.stream.rows import Block
 from sae.stream.shard_files import ShardFile
@@ -31,7 +30,6 @@ SAMPLE_ROWS = 16_384
 SAMPLE_PIECES = 32
 # What a training run must share with the harvest, as data that it holds out must not be in there.
 SHARED_PREFIXES = ("model.name", "model.revision", "data.")
-READER_SETTINGS = ("data.max_norm_ratio",)  # all rows are on disk; whoever reads leaves some out
 
 
 def open_shards(cfg: Config, seed: int, lane: int = 0, n_lanes: int = 1) -> ShardRows:
@@ -54,12 +52,7 @@ def open_shards(cfg: Config, seed: int, lane: int = 0, n_lanes: int = 1) -> Shar
 
 def require_match(folder: Path, manifest: Manifest, cfg: Config) -> None:
     """Refuse shards of another model or other data than `cfg` names."""
-    now = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in flatten(cfg).items()
-        if key.startswith(SHARED_PREFIXES) and key not in READER_SETTINGS
-    }
-    if changed := differences(manifest.identity, now):
+    if changed := differences(manifest.identity, plain_settings(cfg, SHARED_PREFIXES)):
         raise ValueError(
             f"`stream.shards` must hold activations of the same model and data; in {folder} "
             f"{changed}. Give the settings of the harvest, or harvest with these into another "

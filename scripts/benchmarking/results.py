@@ -82,7 +82,7 @@ def one_line(row: dict[str, Any]) -> str:
     """Return a row for a terminal."""
     keys = ("shape", "op", "part", "firing", "contender")
     where = " ".join(str(row[key]) for key in keys if row[key])
-    return f"{where}: {_time(row)}" + (
+    return f"{where}: {time_or_reason(row)}" + (
         f"  floor {row['floor_ms']:.3g}  ×{row['over_floor']:.2f}" if "ms" in row else ""
     )
 
@@ -125,34 +125,36 @@ def shape_heading(shape: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    rate = _number(row.get("gb_per_s"), "{:.4g} GB/s") or _number(
+    rate = number(row.get("gb_per_s"), "{:.4g} GB/s") or number(
         row.get("tflop_per_s"), "{:.4g} TFLOP/s"
     )
-    goal = _number(row.get("goal_ms"), "{:.3g}")
+    goal = number(row.get("goal_ms"), "{:.3g}")
     memory = row.get("extra_memory_bytes")
     return [
         row["op"],
         row["part"],
         row["firing"] or "",
         row["contender"],
-        _time(row),
+        time_or_reason(row),
         rate,
-        _number(row.get("floor_ms"), "{:.3g}"),
-        _number(row.get("over_floor"), "{:.2f}"),
+        number(row.get("floor_ms"), "{:.3g}"),
+        number(row.get("over_floor"), "{:.2f}"),
         goal and f"{goal} {'met' if row['goal_met'] else 'missed'}",
-        _number(row.get("over_auto"), "{:.2f}"),
-        _number(memory and memory / 1e6, "{:.4g}"),
+        number(row.get("over_auto"), "{:.2f}"),
+        number(memory and memory / 1e6, "{:.4g}"),
     ]
 
 
-def _time(row: dict[str, Any]) -> str:
+def time_or_reason(row: dict[str, Any]) -> str:
+    """Return a row's time, or why it has none."""
     if "ms" in row:
         return f"{row['ms']:.4g}"
     reason = row.get("reason")
     return f"{row['status']}: {reason}".replace("|", "/") if reason else row["status"]
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """Return a number in a format; nothing where there is none."""
     return "" if value is None else form.format(value)
 
 

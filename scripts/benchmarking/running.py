@@ -192,9 +192,18 @@ def _add_timing(run: Run, row: Row, shape: Shape, result: Result, timing: Timing
 
 
 def _attempt(run: Run, result: Result, work: Callable[[], T]) -> T | None:
+    """As `attempt`, unless the run is stopped or out of time."""
+
+    def started() -> T:
+        _check_that_it_may_start(run)
+        return work()
+
+    return attempt(result, started)
+
+
+def attempt(result: Result, work: Callable[[], T]) -> T | None:
     """Return what `work` returns; where it raises, None, with status and reason in `result`."""
     try:
-        _check_that_it_may_start(run)
         return work()
     except NotRun as error:
         result.update(status="not run", reason=str(error))

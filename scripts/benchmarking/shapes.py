@@ -1,6 +1,6 @@
 """The shapes that are measured, and how often each latent fires in them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Firing = Literal["uniform", "log-normal"]
@@ -32,9 +32,11 @@ CPU_SHAPES = {
 }
 
 
-def pick_shapes(names: Sequence[str] | None, device_type: str) -> list[Shape]:
+def pick_shapes(
+    names: Sequence[str] | None, device_type: str, on_cpu: Mapping[str, Shape] = CPU_SHAPES
+) -> list[Shape]:
     """Return the shapes of these names, all where None; ValueError for one the device has not."""
-    known = GPU_SHAPES if device_type == "cuda" else CPU_SHAPES
+    known = GPU_SHAPES if device_type == "cuda" else on_cpu
     for name in names or ():
         if name not in known:
             raise ValueError(

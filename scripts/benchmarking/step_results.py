@@ -5,7 +5,7 @@ from typing import Any
 
 from sae.files import write_json, write_text
 
-from .results import facts, notes_of, shape_heading
+from .results import facts, notes_of, number, shape_heading, time_or_reason
 
 HEADER = (
     "step",
@@ -78,24 +78,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
     off = row.get("loss_deviation")
     return [
         row["contender"],
-        _time(row),
+        time_or_reason(row),
         "–".join(f"{one:.4g}" for one in row.get("ms_quartiles", ())),
-        _number(row.get("over_unit"), "{:.2f}"),
-        _number(row.get("floor_ms"), "{:.3g}"),
-        _number(share and 100 * share, "{:.0f}"),
-        _number(row.get("over_fused"), "{:.2f}"),
+        number(row.get("over_unit"), "{:.2f}"),
+        number(row.get("floor_ms"), "{:.3g}"),
+        number(share and 100 * share, "{:.0f}"),
+        number(row.get("over_fused"), "{:.2f}"),
         f"{goal} {'met' if row['goal_met'] else 'missed'}" if goal else "",
-        _number(extra and extra / 1e6, "{:.4g}"),
-        _number(off, "{:.0e}"),
+        number(extra and extra / 1e6, "{:.4g}"),
+        number(off, "{:.0e}"),
     ]
-
-
-def _time(row: dict[str, Any]) -> str:
-    if "ms" in row:
-        return f"{row['ms']:.4g}"
-    reason = row.get("reason")
-    return f"{row['status']}: {reason}".replace("|", "/") if reason else row["status"]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

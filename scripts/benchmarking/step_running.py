@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from .floors import Ceilings, floor_ms
-from .rows import Absent
-from .running import NotRun, Result, first_line
+from .running import NotRun, Result, attempt
 from .shapes import Firing, Shape
 from .step_checking import Reference, deviation, is_right, losses_of
 from .step_clocks import StepClock, load
@@ -32,7 +31,6 @@ from .step_contenders import (
 from .step_task import Task, Trainee, draw_task
 
 GOAL_DEVICE = "H200"
-T = TypeVar("T")
 
 
 @dataclass
@@ -86,13 +84,13 @@ def _run_group(
     """Check the contenders, and time those that are right, in turns."""
     ready: list[tuple[StepContender, Result, Trainee]] = []
     for contender, result in group:
-        trainee = _attempt(result, partial(_checked, run, task, reference, contender, result))
+        trainee = attempt(result, partial(_checked, run, task, reference, contender, result))
         if trainee:
             ready.append((contender, result, trainee))
             run.report(f"{task.shape.name} {contender.name}: ready")
     failure: Result = {}
     trainees = [trainee for *_, trainee in ready]
-    samples = _attempt(failure, partial(run.clock.time, trainees, task.xs))
+    samples = attempt(failure, partial(run.clock.time, trainees, task.xs))
     for slot, (contender, result, _) in enumerate(ready):
         result.update(failure)
         if samples:
@@ -174,18 +172,3 @@ def one_line(row: Result) -> str:
         return f"{where}: {row['status']} {row.get('reason', '')}".rstrip()
     unit = f", {row['over_unit']:.2f}× the matmul" if "over_unit" in row else ""
     return f"{where}: {row['ms']:.4g} ms{unit}"
-
-
-def _attempt(result: Result, work: Callable[[], T]) -> T | None:
-    """Return what `work` returns; where it raises, None, with status and reason in `result`."""
-    try:
-        return work()
-    except NotRun as error:
-        result.update(status="not run", reason=str(error))
-    except Absent as error:
-        result.update(status="not installed", reason=str(error))
-    except torch.OutOfMemoryError as error:
-        result.update(status="does not fit", reason=first_line(error))
-    except Exception as error:  # whatever a contender raises is its result
-        result.update(status="error", reason=f"{type(error).__name__}: {first_line(error)}")
-    return None

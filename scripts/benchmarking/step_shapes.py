@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .shapes import GPU_SHAPES, Shape
+from .shapes import GPU_SHAPES, Shape, pick_shapes
 
 CPU_STEP_SHAPES = {
     shape.name: shape
@@ -18,16 +18,9 @@ N_DEAD = {"cuda": 8192, "cpu": 512}
 
 def pick_step_shapes(names: Sequence[str] | None, device_type: str, quick: bool) -> list[Shape]:
     """Return the shapes of these names, all where None; ValueError for one the device has not."""
-    known = GPU_SHAPES if device_type == "cuda" else CPU_STEP_SHAPES
     if quick and not names:
         return [QUICK_SHAPE]
-    for name in names or ():
-        if name not in known:
-            raise ValueError(
-                f"`--shapes` must be among {', '.join(known)} on this device ({device_type}); "
-                f"got {name!r}. Shapes A to D need a CUDA device."
-            )
-    return [known[name] for name in names or known]
+    return pick_shapes(names, device_type, CPU_STEP_SHAPES)
 
 
 def n_dead_of(shape: Shape, device_type: str) -> int:

@@ -76,7 +76,7 @@ def test_a_run_checks_and_times_every_row_and_writes_both_files(tmp_path: Path):
     assert document["complete"]
     assert list(rows) == [row.name for row in contenders("cpu")]
     for name, row in rows.items():
-        if name in OWN_PACKAGES and row["status"] == "not installed":
+        if name in OWN_PACKAGES and row["status"] == "absent":
             continue
         assert row["status"] == "ok", row
         low, high = row["ms_quartiles"]
@@ -108,7 +108,7 @@ def test_a_peer_that_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     rows = by_name(run_tiny(tmp_path, "--only", FUSED, *OWN_PACKAGES, "--firing", "log-normal"))
     for name in OWN_PACKAGES:
-        assert rows[name]["status"] == "not installed"
+        assert rows[name]["status"] == "absent"
         assert "ms" not in rows[name]
         assert "is not installed" in rows[name]["reason"]
     assert rows[FUSED]["status"] == "ok"

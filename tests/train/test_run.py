@@ -12,7 +12,7 @@ import yaml
 from user import run_sae
 
 import sae
-from sae.configuration import from_command_line, read_run_config
+from sae.configuration import from_command_line, from_flat, read_run_config
 from sae.stream.source import NonFiniteActivationsError
 from sae.train import run
 from sae.train.tracking import read_metrics
@@ -137,6 +137,41 @@ def test_nan_activations_name_the_hookpoint(
     broken = broken_model(tiny_lm_folder, tmp_path / "broken")
     with pytest.raises(NonFiniteActivationsError, match=r"`model.layers.1`.*NaN"):
         run(configured(tiny_config, "--model.name", str(broken)))
+
+
+def test_a_run_on_shards_loads_no_model_and_resumes_exactly(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sae.stream import opening
+    from sae.stream.harvest import harvest
+
+    shards = harvest(configured(tiny_config, "--harvest.folder", str(tmp_path / "shards")))
+    monkeypatch.setattr(opening, "load_language_model", lambda *_: pytest.fail("the model"))
+    flags = ["--stream.shards", str(shards), "--stream.resident_tokens", "500"]
+    whole = run(configured(tiny_config, *flags, "--run.folder", str(tmp_path / "whole")))
+    folder = run(configured(tiny_config, *flags))
+    assert torch.equal(sae.load(folder).W_enc, sae.load(whole).W_enc)
+    shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
+    shutil.rmtree(folder / "final")
+    folder = run(configured(tiny_config, *flags, "--train.resume", "auto"))
+    assert torch.equal(sae.load(folder).W_enc, sae.load(whole).W_enc)
+    assert sae.load(folder).metadata["hook_name"] == "model.layers.1"
+    rows = read_metrics(folder)
+    assert rows[-1]["fvu"] < rows[0]["fvu"]
+
+
+def test_the_models_have_a_device_of_their_own(tiny_config: Path):
+    from sae.stream.opening import model_device
+
+    cfg = configured(tiny_config, "--model.device", "cpu")
+    assert model_device(cfg, torch.device("meta")) == torch.device("cpu")
+    beside = configured(tiny_config)
+    assert model_device(beside, torch.device("meta")) == torch.device("meta")
+    far = configured(tiny_config, "--model.device", "cuda:99")
+    with pytest.raises(RuntimeError, match=r"`model.device` cuda:99 needs a GPU"):
+        run(far)
+    with pytest.raises(ValueError, match=r"must be auto, cpu, cuda or cuda:N; got 'gpu'"):
+        from_flat({"model.device": "gpu"})
 
 
 def test_nan_in_mid_run_names_the_step_and_keeps_the_checkpoint(

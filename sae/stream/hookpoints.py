@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 Side = Literal["in", "out"]
 _GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
+_NO_KEYWORDS: Mapping[str, Any] = {}
 _ESCAPED = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 
 
@@ -92,7 +94,7 @@ def capture(
     The activations keep the model's dtype and device, and are not copied; a later module that
     works in place would change them. Attention heads, (b, t, heads, d_head), come concatenated. The
     forward ends as soon as all hookpoints were seen; of a module that runs several times, the first
-    run counts. No hook outlives the call.
+    run counts. No hook outlives the call. Several threads may read one module at the same time.
     Raises RuntimeError where a module never ran, ValueError where what it gives is not (b, t, d).
     """
     captured: dict[Hookpoint, Tensor] = {}
@@ -257,15 +259,24 @@ def _hooked(
     hookpoint: Hookpoint,
     use: Callable[[Hookpoint, Tensor], Tensor | None],
 ) -> Iterator[None]:
-    """Call `use` with the activation in every forward; what it returns, if any, replaces it."""
-    target = module.get_submodule(hookpoint.path)
+    """Call `use` with the activation in every forward; what it returns, if any, replaces it.
+
+    A hook sees the forwards of the thread that set it: another, such as one that refills a buffer,
+    may run the same module at the same time.
+    """
+    target, own_thread = module.get_submodule(hookpoint.path), threading.get_ident()
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if threading.get_ident() != own_thread:
+            return None
         key, activation = _find_activation(output, hookpoint)
         new = use(hookpoint, activation)
         return None if new is None else _with_activation(output, key, new)
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    # torch leaves keywords out where the hook was removed while the forward was on its way to it.
+    def before(_module: nn.Module, args: tuple, kwargs: Mapping[str, Any] = _NO_KEYWORDS) -> Any:
+        if threading.get_ident() != own_thread:
+            return None
         source = args if args and isinstance(args[0], Tensor) else kwargs
         key, activation = _find_activation(source, hookpoint)
         new = use(hookpoint, activation)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,24 @@ def test_edit_passes_gradients(lm: Any, tokens: Tensor) -> None:
 def test_width(lm: nn.Module) -> None:
     assert width(lm, Hookpoint("model.layers.0"), "cpu") == 32
     assert width(lm, Hookpoint("model.layers.0.mlp.down_proj", "in"), "cpu") == 64
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_threads_read_one_model_without_seeing_each_other(lm: nn.Module, tokens: Tensor, side: Any):
+    """Both forwards are inside the first layer, with both hooks set, before either goes on."""
+    hookpoint = Hookpoint("model.layers.1", side)
+    inputs = (tokens, tokens.flip(0))
+    alone = [capture(lm, [hookpoint], x)[hookpoint] for x in inputs]
+    both = threading.Barrier(2, timeout=30)
+
+    def wait(*_: Any) -> None:
+        both.wait()
+
+    handle = lm.get_submodule("model.layers.0").register_forward_pre_hook(wait)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            read = list(pool.map(lambda x: capture(lm, [hookpoint], x)[hookpoint], inputs))
+    finally:
+        handle.remove()
+    for one, other in zip(read, alone, strict=True):
+        assert torch.equal(one, other)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
-ActivationName = Literal["topk", "relu"]
+ActivationName = Literal["topk", "batchtopk", "jumprelu", "relu", "gated", "matching_pursuit"]
 BosName = Literal["document", "context", "none"]
 ContentName = Literal["text", "chat", "tokens"]
 ContextsName = Literal["packed", "document"]
@@ -24,6 +25,7 @@ EvalName = Literal["reconstruction", "sparsity", "downstream"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
+SparsityLossName = Literal["l1", "p_norm", "tanh", "step", "quadratic"]
 TrackerName = Literal["wandb", "tensorboard"]
 
 
@@ -254,13 +256,67 @@ class CoderConfig:
     """The sparsifying activation function."""
 
     k: int = 32
-    """Active latents a token (topk)."""
+    """Active latents a token (topk, matching_pursuit), or on average (batchtopk)."""
 
-    l1_coefficient: float = 0.1
-    """Weight of the L1 penalty on latents, each times its decoder norm (relu)."""
+    signed: bool = False
+    """Select latents by magnitude and let them be negative (topk)."""
+
+    threshold_rate: float = 0.01
+    """Share by which the running threshold, which stands for the batch once training is over, moves
+    to each batch's own (batchtopk), in (0, 1]."""
+
+    sparsity_loss: SparsityLossName | None = None
+    """What a code is made sparse by: l1, p_norm or tanh (relu, gated), step, tanh or quadratic
+    (jumprelu); None: l1 and step."""
+
+    sparsity_coefficient: float | None = None
+    """Weight of the sparsity loss; None: 0.1 (l1, p_norm), 0.001 (tanh, step), 1 (quadratic)."""
+
+    tanh_scale: float = 4.0
+    """Factor on latents inside the tanh loss."""
+
+    target_l0: float | None = None
+    """Active latents a token that training aims at by moving the sparsity loss's weight (relu,
+    gated, jumprelu); the quadratic loss needs it and has it inside. None: the weight stays."""
+
+    bandwidth: float = 0.05
+    """Width of the straight-through window around a threshold, in training units (jumprelu)."""
+
+    threshold_init: float = 0.1
+    """Thresholds before the first step, in training units (jumprelu)."""
+
+    ste_to_encoder: bool = False
+    """Let the straight-through gradient reach the encoder too, not the thresholds alone
+    (jumprelu)."""
+
+    prefixes: tuple[int, ...] = ()
+    """Numbers of first latents that must reconstruct on their own (Matryoshka), increasing; the
+    whole dictionary is always the last. Empty: no Matryoshka."""
+
+    random_prefixes: int = 0
+    """Prefixes drawn anew at each step, in place of fixed ones, short ones more often; 0: none."""
+
+    detach_prefixes: bool = False
+    """Let a prefix train only the latents that the one before it lacks; the whole trains all."""
+
+    multi_k: int | None = None
+    """Active latents in a second reconstruction, which trains those just below the k-th too (topk);
+    None: no second one."""
+
+    multi_k_coefficient: float = 0.125
+    """Weight of the second reconstruction's loss."""
+
+    refine_step: float = 0.0
+    """Step size of one refinement: what a first code leaves over is encoded again and added; 0
+    encodes once."""
+
+    tilt: float = 0.0
+    """How much more badly reconstructed tokens count, as the exponent's factor on a token's loss in
+    units of the mean; 0 counts all alike."""
 
     k_aux: int | None = None
-    """Dead latents that reconstruct the residual in AuxK (topk); None: d_in / 2; 0: no AuxK."""
+    """Dead latents that reconstruct the residual in AuxK; None: d_in / 2 (topk, batchtopk), else 0;
+    0: no AuxK."""
 
     aux_coefficient: float = 0.03125
     """Weight of AuxK's share of unexplained residual."""
@@ -276,16 +332,30 @@ class CoderConfig:
             self.expansion_factor,
             "Give one of the two.",
         )
-        _require_positive("coder", self, "d_sae", "expansion_factor")
+        _require_positive(
+            "coder", self, "d_sae", "expansion_factor", "target_l0", "multi_k", "tanh_scale"
+        )
+        _require_positive("coder", self, "bandwidth")
         _require(
             self.k >= 1, "coder.k", "must be in [1, `coder.d_sae`]", self.k, "Raise `coder.k`."
         )
-        if self.d_sae is not None and self.activation == "topk" and self.k > self.d_sae:
-            raise ValueError(
-                f"`coder.k` must be in [1, `coder.d_sae`]; got k={self.k}, d_sae={self.d_sae}. "
-                "Lower `coder.k` or raise `coder.d_sae`."
-            )
-        for name in ("l1_coefficient", "aux_coefficient", "k_aux"):
+        _require(
+            0 < self.threshold_rate <= 1,
+            "coder.threshold_rate",
+            "must be in (0, 1]",
+            self.threshold_rate,
+            "Use 0.01.",
+        )
+        for name in (
+            "sparsity_coefficient",
+            "aux_coefficient",
+            "multi_k_coefficient",
+            "k_aux",
+            "random_prefixes",
+            "refine_step",
+            "threshold_init",
+            "tilt",
+        ):
             value = getattr(self, name)
             _require(
                 value is None or value >= 0,
@@ -294,6 +364,109 @@ class CoderConfig:
                 value,
                 "Use 0 to turn it off.",
             )
+        if self.d_sae is not None:
+            require_fits(self, self.d_sae)
+        _require_coherent(self)
+
+
+def require_fits(coder: CoderConfig, d_sae: int) -> None:
+    """Refuse numbers of latents that a dictionary of `d_sae` does not have."""
+    for name in ("k", "multi_k", "target_l0"):
+        value = getattr(coder, name)
+        if value is not None and value > d_sae and (name != "k" or coder.activation in HAVE_K):
+            raise ValueError(
+                f"`coder.{name}` must be in [1, `coder.d_sae`]; got {name}={value}, "
+                f"d_sae={d_sae}. Lower `coder.{name}` or raise `coder.d_sae`."
+            )
+    ends = (0, *coder.prefixes, d_sae)
+    if coder.prefixes and any(low >= high for low, high in pairwise(ends)):
+        raise ValueError(
+            "`coder.prefixes` must increase and lie in [1, `coder.d_sae` − 1]; got "
+            f"{list(coder.prefixes)}, d_sae={d_sae}. The whole dictionary is added by itself."
+        )
+    if coder.random_prefixes >= d_sae:
+        raise ValueError(
+            "`coder.random_prefixes` must be below `coder.d_sae`; got "
+            f"{coder.random_prefixes}, d_sae={d_sae}. Use about 8."
+        )
+
+
+# Which activations a setting is for, where it is not for all.
+HAVE_K = ("topk", "batchtopk", "matching_pursuit")
+SPARSITY_LOSSES: dict[str, tuple[SparsityLossName, ...]] = {
+    "relu": ("l1", "p_norm", "tanh"),
+    "gated": ("l1", "p_norm", "tanh"),
+    "jumprelu": ("step", "tanh", "quadratic"),
+}
+ONLY_FOR = {
+    "signed": ("topk",),
+    "multi_k": ("topk",),
+    "sparsity_loss": tuple(SPARSITY_LOSSES),
+    "sparsity_coefficient": tuple(SPARSITY_LOSSES),
+    "target_l0": tuple(SPARSITY_LOSSES),
+    "ste_to_encoder": ("jumprelu",),
+    "refine_step": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
+    "k_aux": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
+}
+
+
+def _require_coherent(coder: CoderConfig) -> None:
+    """Refuse settings that make no sense together, or do nothing for the activation."""
+    for name, activations in ONLY_FOR.items():
+        _require(
+            not getattr(coder, name) or coder.activation in activations,
+            f"coder.{name}",
+            f"is a setting of {', '.join(activations)}",
+            coder.activation,
+            f"Leave it out or choose one of these as `coder.activation`{_instead(name)}.",
+        )
+    losses = SPARSITY_LOSSES.get(coder.activation, ())
+    _require(
+        coder.sparsity_loss is None or coder.sparsity_loss in losses,
+        "coder.sparsity_loss",
+        f"must be one of {', '.join(losses)} for {coder.activation}",
+        coder.sparsity_loss,
+        "Choose one of these.",
+    )
+    _require(
+        coder.sparsity_loss != "quadratic" or coder.target_l0 is not None,
+        "coder.target_l0",
+        "must be given with `coder.sparsity_loss: quadratic`",
+        coder.target_l0,
+        "Give the L0 you want.",
+    )
+    _require(
+        not (coder.prefixes and coder.random_prefixes),
+        "coder.random_prefixes",
+        "must be 0 where `coder.prefixes` are given",
+        coder.random_prefixes,
+        "Give one of the two.",
+    )
+    _require(
+        not coder.detach_prefixes or bool(coder.prefixes or coder.random_prefixes),
+        "coder.detach_prefixes",
+        "needs prefixes",
+        coder.detach_prefixes,
+        "Give `coder.prefixes` or `coder.random_prefixes`.",
+    )
+    _require(
+        coder.multi_k is None or coder.multi_k > coder.k,
+        "coder.multi_k",
+        "must be above `coder.k`",
+        coder.multi_k,
+        "Use 4 · k.",
+    )
+    _require(
+        not (coder.multi_k and coder.refine_step),
+        "coder.multi_k",
+        "must be left out where `coder.refine_step` is given",
+        coder.multi_k,
+        "Choose one of the two.",
+    )
+
+
+def _instead(name: str) -> str:
+    return " (topk and batchtopk: `coder.k` is their L0)" if name == "target_l0" else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,3 +632,14 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.coder.activation != "matching_pursuit"
+            or self.stream.normalisation not in ("standardise", "whiten"),
+            "stream.normalisation",
+            "must be none, mean_norm or layer_norm for matching_pursuit, whose encoder is its "
+            "decoder",
+            self.stream.normalisation,
+            "Use mean_norm.",
+        )

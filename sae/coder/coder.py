@@ -1,26 +1,44 @@
-"""A dictionary: four tensors, an activation function, and how to encode and decode with them.
+"""A dictionary: its tensors, an activation function, and how to encode and decode with them.
 
 latents = act((x − b_dec) W_encᵀ + b_enc),   x_hat = latents W_dec + b_dec
 
-Row j of W_enc and of W_dec belongs to latent j. Losses live in `losses`, files in `dictionary`,
-starting values in `initialisation`, the way from a trained coder to raw activations in `raw_units`.
+Row j of W_enc and of W_dec belongs to latent j, and so does entry j of what an activation adds.
+Losses live in `losses`, files in `dictionary`, starting values in `initialisation`, the way from a
+trained coder to raw activations in `raw_units`.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import sae_kernels
 from sae.coder.activations import ACTIVATIONS
-from sae.coder.latents import Latents, SparseCode, from_dense, to_dense
+from sae.coder.latents import Latents, SparseCode, from_dense, strongest, to_dense
 from sae.coder.layer_norm import layer_norm, token_moments, undo_layer_norm
-from sae.config import CoderConfig
+from sae.coder.pre_acts import Select, pre_activations, refined
+from sae.coder.sparsity import DEFAULT_COEFFICIENTS
+from sae.coder.step_values import StepValues
+from sae.config import SPARSITY_LOSSES, CoderConfig, require_fits
 
 DEFAULT_EXPANSION_FACTOR = 8
+DEFAULT_AUXK = ("topk", "batchtopk")  # by the others AuxK is used on demand
+
+
+class Encoding(NamedTuple):
+    """What losses are computed from: a code, what it was selected from, and a wider code.
+
+    pre_acts: (n, d_sae), None where no loss reads them. wider: `coder.multi_k` latents a token.
+    """
+
+    code: SparseCode | Tensor
+    pre_acts: Tensor | None = None
+    wider: Latents | None = None
 
 
 class SparseCoder(nn.Module):
@@ -31,7 +49,10 @@ class SparseCoder(nn.Module):
         metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
         has_layer_norm: whether the coder norms every token that it is given (`layer_norm`). Then
             the code and `decode` are in normed units; `decode_for` and the call give x's own.
-        W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in).
+        W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in). matching_pursuit has one matrix
+            under both names, and a b_enc that stays zero.
+        threshold (batchtopk, jumprelu), r_mag, b_mag (gated), each (d_sae): see `activations`.
+        log_pressure: a scalar, where `coder.target_l0` moves the sparsity loss's weight.
         enc_shadow, dec_shadow: 16-bit copies of the weights for the fused step's matmuls and
             gathers. scratch: memory for a chunk of pre-activations. All are None everywhere but in
             what `with_memory` returns.
@@ -55,9 +76,26 @@ class SparseCoder(nn.Module):
         self.metadata: dict[str, object] = dict(metadata or {})
         self.has_layer_norm = has_layer_norm
         self.W_enc = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        if self.is_tied:
+            self.W_dec = self.W_enc
+            self.register_buffer("b_enc", torch.zeros(self.d_sae))
+        else:
+            self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
+            self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        own = ACTIVATIONS[self.cfg.activation].own
+        for name, tensor in (own(self) if own else {}).items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        if self.cfg.target_l0 is not None and self.cfg.sparsity_loss != "quadratic":
+            self.register_buffer("log_pressure", torch.zeros(()))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether encoder and decoder are one matrix."""
+        return self.cfg.activation == "matching_pursuit"
 
     @classmethod
     def create(
@@ -89,22 +127,41 @@ class SparseCoder(nn.Module):
         furnished.scratch = scratch
         return furnished
 
-    def encode_training(self, x: Tensor) -> SparseCode | Tensor:
+    def encode_training(self, x: Tensor, values: StepValues | None = None) -> SparseCode | Tensor:
         """Return the code of `x` (n, d_in) in the form that is cheapest to train through.
 
-        `x` is taken as it is, never layer-normed: a trainer normalises on its own.
+        `x` is taken as it is, never layer-normed: a trainer normalises on its own. A running
+        threshold moves with each batch that this sees. `values` are a schedule's, None the fixed
+        ones.
         """
-        return ACTIVATIONS[self.cfg.activation].encode_training(self, x)
+        return self.encode_for_losses(x, values).code
+
+    def encode_for_losses(self, x: Tensor, values: StepValues | None = None) -> Encoding:
+        """Return the code of `encode_training` with what else the losses need."""
+        values = values or StepValues.fixed(self.cfg)
+        row = ACTIVATIONS[self.cfg.activation]
+        if self.cfg.multi_k is not None:
+            assert row.encode is not None
+            wider = row.encode(self, x, replace(values, k=max(self.cfg.multi_k, values.k)))
+            assert isinstance(wider, Latents)
+            return Encoding(strongest(wider, values.k), wider=wider)
+        if row.encode is not None and not self.cfg.refine_step:
+            return Encoding(row.encode(self, x, values))
+        assert row.select is not None
+        return self._encoded(
+            x, lambda pre_acts, is_first: row.select(self, pre_acts, values, is_first)
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (…, d_sae) of `x` (…, d_in)."""
-        dense = to_dense(self.encode_training(self._rows(x)), self.d_sae)
+        dense = to_dense(self._code(self._rows(x)), self.d_sae)
         return dense.reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> Latents:
         """Return the sparse code of `x` (…, d_in); its slots are shared by all tokens given."""
-        code = self.encode_training(self._rows(x))
-        latents = code if isinstance(code, Latents) else from_dense(to_dense(code, self.d_sae))
+        code = self._code(self._rows(x))
+        is_plain = isinstance(code, Latents) and not self.is_tied  # a tied one may take one twice
+        latents = code if is_plain else from_dense(to_dense(code, self.d_sae))
         return Latents(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in latents))
 
     def decode(self, latents: SparseCode | Tensor) -> Tensor:
@@ -135,7 +192,7 @@ class SparseCoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x` (…, d_in), in its units."""
-        code = self.encode_training(self._rows(x))
+        code = self._code(self._rows(x))
         return self.decode_for(code, x.reshape(-1, self.d_in)).reshape(x.shape)
 
     def save(self, folder: str) -> None:
@@ -143,6 +200,20 @@ class SparseCoder(nn.Module):
         from sae.coder.dictionary import save_dictionary
 
         save_dictionary(self, folder)
+
+    def _code(self, x: Tensor) -> SparseCode | Tensor:
+        """Return the code of `x` (n, d_in) as it is once training is over."""
+        infer = ACTIVATIONS[self.cfg.activation].infer
+        if infer is None:
+            return self.encode_training(x)
+        return self._encoded(x, partial(infer, self)).code
+
+    def _encoded(self, x: Tensor, select: Select) -> Encoding:
+        """Return what `select` makes of x's pre-activations, once or with a refinement."""
+        if self.cfg.refine_step:
+            return Encoding(*refined(self, x, select))
+        pre_acts = pre_activations(self, x)
+        return Encoding(select(pre_acts, False), pre_acts)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return `x` (…, d_in) as what is encoded, (n, d_in)."""
@@ -169,13 +240,21 @@ def d_sae_of(cfg: CoderConfig, d_in: int) -> int:
 def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
     """Return `cfg` with every derived value filled in, checked against `d_in`."""
     d_sae = d_sae_of(cfg, d_in)
-    if cfg.activation == "topk" and cfg.k > d_sae:
-        raise ValueError(
-            f"`coder.k` must be in [1, `coder.d_sae`]; got k={cfg.k}, d_sae={d_sae}. "
-            "Lower `coder.k` or raise `coder.d_sae`."
-        )
-    k_aux = max(d_in // 2, 1) if cfg.k_aux is None else cfg.k_aux
-    return replace(cfg, d_sae=d_sae, expansion_factor=None, k_aux=min(k_aux, d_sae))
+    require_fits(cfg, d_sae)
+    k_aux = cfg.k_aux
+    if k_aux is None:
+        k_aux = max(d_in // 2, 1) if cfg.activation in DEFAULT_AUXK else 0
+    kinds = SPARSITY_LOSSES.get(cfg.activation)
+    kind = cfg.sparsity_loss or (kinds[0] if kinds else None)
+    weight = cfg.sparsity_coefficient
+    return replace(
+        cfg,
+        d_sae=d_sae,
+        expansion_factor=None,
+        k_aux=min(k_aux, d_sae),
+        sparsity_loss=kind,
+        sparsity_coefficient=DEFAULT_COEFFICIENTS[kind] if kind and weight is None else weight,
+    )
 
 
 def normalise_decoder_(coder: SparseCoder) -> None:

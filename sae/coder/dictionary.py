@@ -7,7 +7,8 @@ W_enc (d_in, d_sae), W_dec (d_sae, d_in): W_enc is transposed here and nowhere e
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -24,6 +25,17 @@ CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 OUR_KEY = "sae_coder_config"
 LAYER_NORM = "layer_norm"  # SAELens' word, for SAELens' definition
+OWN = ("threshold", "first_threshold", "r_mag", "b_mag")
+OF_THEIRS = {("gated", "b_enc"): "b_gate"}
+EXTRAS: dict[str, Callable[[CoderConfig], dict[str, object]]] = {
+    "topk": lambda cfg: {"k": cfg.k, "rescale_acts_by_decoder_norm": False},
+    # Theirs stops where nothing is left or no new latent is found: ours takes its k steps.
+    "matching_pursuit": lambda cfg: {
+        "max_iterations": cfg.k,
+        "residual_threshold": 0.0,
+        "stop_on_duplicate_support": False,
+    },
+}
 
 
 def save_dictionary(coder: SparseCoder, folder: str | Path) -> None:
@@ -47,19 +59,33 @@ def save_dictionary(coder: SparseCoder, folder: str | Path) -> None:
 
 def write_dictionary_files(coder: SparseCoder, folder: Path) -> None:
     """Write the two files of a dictionary into an existing folder."""
-    write_tensors(
-        folder / WEIGHTS_FILE,
-        {"W_enc": coder.W_enc.T, "W_dec": coder.W_dec, "b_enc": coder.b_enc, "b_dec": coder.b_dec},
-    )
+    write_tensors(folder / WEIGHTS_FILE, saelens_tensors(coder))
     write_json(folder / CFG_FILE, saelens_config(coder))
 
 
-def saelens_config(coder: SparseCoder) -> dict[str, object]:
-    """Return `cfg.json` for `coder`."""
-    architecture = ACTIVATIONS[coder.cfg.activation].saelens_architecture
-    extras = {"k": coder.cfg.k, "rescale_acts_by_decoder_norm": False}
+def saelens_tensors(coder: SparseCoder) -> dict[str, Tensor]:
+    """Return what `sae_weights.safetensors` holds, by SAELens' names."""
+    named = {name: getattr(coder, name) for name in tensor_names(coder)}
     return {
-        "architecture": architecture,
+        OF_THEIRS.get((coder.cfg.activation, name), name): tensor.T if name == "W_enc" else tensor
+        for name, tensor in named.items()
+    }
+
+
+def tensor_names(coder: SparseCoder) -> list[str]:
+    """Return our names of the tensors that a dictionary's file holds."""
+    if coder.is_tied:
+        return ["W_dec", "b_dec"]
+    return ["W_enc", "W_dec", "b_enc", "b_dec", *(name for name in OWN if hasattr(coder, name))]
+
+
+def saelens_config(coder: SparseCoder) -> dict[str, object]:
+    """Return `cfg.json` for `coder`.
+
+    What SAELens has no word for gets one that it refuses, rather than another code.
+    """
+    return {
+        "architecture": _architecture(coder),
         "d_in": coder.d_in,
         "d_sae": coder.d_sae,
         "dtype": str(coder.W_dec.dtype).removeprefix("torch."),
@@ -67,9 +93,16 @@ def saelens_config(coder: SparseCoder) -> dict[str, object]:
         "apply_b_dec_to_input": True,
         "normalize_activations": LAYER_NORM if coder.has_layer_norm else "none",
         "reshape_activations": "none",
-        **(extras if architecture == "topk" else {}),
+        **EXTRAS.get(coder.cfg.activation, lambda _: {})(coder.cfg),
         "metadata": {**coder.metadata, OUR_KEY: asdict(coder.cfg)},
     }
+
+
+def _architecture(coder: SparseCoder) -> str:
+    theirs = ACTIVATIONS[coder.cfg.activation].saelens_architecture
+    if coder.cfg.refine_step:
+        return f"sae_refined_{theirs}"
+    return f"sae_signed_{theirs}" if coder.cfg.signed else theirs
 
 
 def load_dictionary(folder: str | Path) -> SparseCoder:
@@ -134,7 +167,13 @@ def _has_layer_norm(config: dict, folder: Path) -> bool:
 def coder_config(config: dict, folder: Path) -> CoderConfig:
     """Return the `CoderConfig` that a `cfg.json` means."""
     if ours := config.get("metadata", {}).get(OUR_KEY):
-        return CoderConfig(**ours)
+        if unknown := ours.keys() - {field.name for field in fields(CoderConfig)}:
+            raise ValueError(
+                f"`{OUR_KEY}` in {folder / CFG_FILE} must hold settings of this version; it has "
+                f"{sorted(unknown)}. Open it with the version that wrote it."
+            )
+        return CoderConfig(**{**ours, "prefixes": tuple(ours.get("prefixes", ()))})
+    # A running threshold reads as a JumpReLU's, which comes behind it in the table.
     names = {row.saelens_architecture: name for name, row in ACTIVATIONS.items()}
     architecture = config.get("architecture")
     if architecture not in names:
@@ -145,16 +184,18 @@ def coder_config(config: dict, folder: Path) -> CoderConfig:
     return CoderConfig(
         activation=names[architecture],  # pyright: ignore[reportArgumentType]
         d_sae=config["d_sae"],
-        k=config.get("k", 1),
+        k=config.get("k") or config.get("max_iterations") or 1,
     )
 
 
 def fill_(coder: SparseCoder, config: dict, tensors: dict[str, Tensor]) -> None:
     """Copy a file's tensors into `coder`, folding what its config asks of the reader."""
     with torch.no_grad():
-        coder.W_enc.copy_(tensors["W_enc"].T)
-        for name in ("W_dec", "b_enc", "b_dec"):
-            getattr(coder, name).copy_(tensors[name])
+        for name in tensor_names(coder):
+            given = tensors[OF_THEIRS.get((coder.cfg.activation, name), name)]
+            getattr(coder, name).copy_(given.T if name == "W_enc" else given)
+        if coder.is_tied:
+            return
         if config.get("rescale_acts_by_decoder_norm"):
             norms = coder.W_dec.norm(dim=1)
             coder.W_enc.mul_(norms[:, None])
@@ -162,7 +203,10 @@ def fill_(coder: SparseCoder, config: dict, tensors: dict[str, Tensor]) -> None:
             coder.W_dec.div_(norms[:, None])
         if not config.get("apply_b_dec_to_input", True):
             # x W + b equals (x − b_dec) W + (b + W b_dec): one form serves both.
-            coder.b_enc.add_(coder.W_enc @ coder.b_dec)
+            shift = coder.W_enc @ coder.b_dec
+            coder.b_enc.add_(shift)
+            if coder.cfg.activation == "gated":
+                coder.b_mag.add_(shift * coder.r_mag.exp())
 
 
 def our_metadata(config: dict) -> dict[str, object]:
@@ -171,12 +215,7 @@ def our_metadata(config: dict) -> dict[str, object]:
 
 
 def _check_shapes(coder: SparseCoder, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {
-        "W_enc": (coder.d_in, coder.d_sae),
-        "W_dec": (coder.d_sae, coder.d_in),
-        "b_enc": (coder.d_sae,),
-        "b_dec": (coder.d_in,),
-    }
+    expected = {name: tuple(tensor.shape) for name, tensor in saelens_tensors(coder).items()}
     for name, shape in expected.items():
         given = tuple(tensors[name].shape) if name in tensors else None
         if given != shape:

@@ -49,3 +49,9 @@ def from_dense(dense: Tensor) -> Latents:
     k = max(int((dense != 0).sum(-1).max()) if dense.numel() else 0, 1)
     indices = torch.topk(dense.abs(), k, dim=-1, sorted=False).indices
     return Latents(dense.gather(-1, indices), indices)
+
+
+def strongest(code: Latents, k: int) -> Latents:
+    """Return the k largest values in magnitude of each token of `code`."""
+    slots = torch.topk(code.values.detach().abs(), k, dim=-1, sorted=False).indices
+    return Latents(code.values.gather(-1, slots), code.indices.gather(-1, slots))

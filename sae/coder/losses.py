@@ -1,12 +1,9 @@
 """What a coder is trained to make small. docs/maths.md derives each.
 
-reconstruction = Σ‖x − x_hat‖² / (n · variance)
-l1             = mean over tokens of Σ_j z_j ‖W_dec_j‖ / √d_in
-auxk           = Σ‖residual − aux_hat‖² / Σ‖residual‖², aux_hat from the strongest dead latents
-
-`variance` is a constant, the mean squared distance of activations from their mean on the
-calibration sample: with it the reconstruction loss of a batch is the mean of its parts', however
-the batch is split over micro-batches and processes.
+reconstruction  see `reconstruction.py`
+sparsity        see `sparsity.py`
+gate          = Σ‖x − gate_hat‖² / (n · variance), gate_hat from the open gates' own strength
+auxk          = Σ‖residual − aux_hat‖² / Σ‖residual‖², aux_hat from the strongest dead latents
 
 To add one: a function here and a row in LOSSES, its name in the activations that use it.
 """
@@ -22,14 +19,19 @@ from torch import Tensor
 import sae_kernels
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.coder import SparseCoder
-from sae.coder.latents import Latents, SparseCode, to_dense
+from sae.coder.latents import Latents, SparseCode
+from sae.coder.sparsity import sparsity_loss
+from sae.coder.step_values import StepValues
+from sae.config import CoderConfig
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """What a loss may use, from one batch.
 
-    Shapes: x, x_hat, residual (n, d_in); dead_indices (n_dead) int64, which may be empty.
+    Shapes: x, x_hat, residual (n, d_in); pre_acts (n, d_sae), None where the code was made without
+    them; dead_indices (n_dead) int64, which may be empty. wider: the code of `coder.multi_k`
+    latents. variance: see `reconstruction`.
     """
 
     coder: SparseCoder
@@ -38,26 +40,42 @@ class LossInputs:
     residual: Tensor
     code: SparseCode | Tensor
     dead_indices: Tensor
+    values: StepValues
+    pre_acts: Tensor | None = None
+    wider: Latents | None = None
+    variance: float = 1.0
 
 
-def reconstruction_loss(residual: Tensor, variance: float) -> Tensor:
-    """Return the mean squared error in units of the activations' variance."""
-    return residual.pow(2).sum(-1).mean() / variance
+def code_sparsity_loss(inputs: LossInputs) -> Tensor:
+    """Return the sparsity loss that the configuration names, with the weight it has now."""
+    return sparsity_loss(inputs.coder, _pre_acts(inputs), inputs.code, inputs.values)
 
 
-def l1_loss(inputs: LossInputs) -> Tensor:
-    """Return the coefficient-weighted L1 norm of the code, each latent times its decoder norm.
+def gate_loss(inputs: LossInputs) -> Tensor:
+    """Return the error of a reconstruction from the gates' pre-activations, the decoder held still.
 
-    Source: Anthropic, April 2024 update (decoder-norm-weighted L1); divided by √d_in so that the
-    coefficient means the same at every width, inputs having mean norm √d_in.
+    It is what trains a gate to open where the latent is needed.
+    Source: Rajamanoharan et al. 2024a (arXiv 2404.16014), eq. 8, the last term.
     """
-    norms = inputs.coder.W_dec.norm(dim=1)
-    code = inputs.code
-    if isinstance(code, Latents):
-        weighted = (code.values * norms[code.indices]).sum(-1)
-    else:
-        weighted = to_dense(code, inputs.coder.d_sae) @ norms
-    return inputs.coder.cfg.l1_coefficient * weighted.mean() / inputs.coder.d_in**0.5
+    coder = inputs.coder
+    gates = torch.relu(_pre_acts(inputs))
+    gate_hat = gates @ coder.W_dec.detach() + coder.b_dec.detach()
+    return (inputs.x - gate_hat).pow(2).sum(-1).mean() / inputs.variance
+
+
+def multi_topk_loss(inputs: LossInputs) -> Tensor:
+    """Return the error of the wider code's reconstruction, which trains latents beyond the k-th.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), §4.1 (Multi-TopK).
+    """
+    assert inputs.wider is not None, "the coder encodes `multi_k` latents"
+    errors = (inputs.x - inputs.coder.decode(inputs.wider)).pow(2).sum(-1)
+    return inputs.coder.cfg.multi_k_coefficient * errors.mean() / inputs.variance
+
+
+def _pre_acts(inputs: LossInputs) -> Tensor:
+    assert inputs.pre_acts is not None, "dense activations keep their pre-activations"
+    return inputs.pre_acts
 
 
 def auxk_loss(inputs: LossInputs) -> Tensor:
@@ -118,10 +136,21 @@ def _squared(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1).square().sum()
 
 
-LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {"l1": l1_loss, "auxk": auxk_loss}
+LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
+    "sparsity": code_sparsity_loss,
+    "gate": gate_loss,
+    "multi_topk": multi_topk_loss,
+    "auxk": auxk_loss,
+}
 
 
 def extra_losses(inputs: LossInputs) -> dict[str, Tensor]:
-    """Return the losses that the coder's activation trains with besides reconstruction."""
-    names = ACTIVATIONS[inputs.coder.cfg.activation].losses
-    return {name: LOSSES[name](inputs) for name in names}
+    """Return the losses that the coder trains with besides reconstruction."""
+    return {name: LOSSES[name](inputs) for name in extra_loss_names(inputs.coder.cfg)}
+
+
+def extra_loss_names(cfg: CoderConfig) -> tuple[str, ...]:
+    """Return which losses a coder trains with besides reconstruction: those of its activation, AuxK
+    where it has a `k_aux`, and the wider code's where it has one."""
+    names = tuple(name for name in ACTIVATIONS[cfg.activation].losses if name != "auxk")
+    return (*names, *(["auxk"] if cfg.k_aux else []), *(["multi_topk"] if cfg.multi_k else []))

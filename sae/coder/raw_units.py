@@ -13,19 +13,22 @@ from sae.coder.coder import SparseCoder
 
 # Weights pass through float64, this many rows at a time.
 ROWS_AT_ONCE = 4096
+# What grows with the activations where decoder rows stay unit vectors.
+IN_ACTIVATION_UNITS = ("b_enc", "b_dec", "threshold", "first_threshold", "b_mag")
 
 
 @torch.no_grad()
 def to_raw_units(coder: SparseCoder, scale: float) -> SparseCoder:
     """Return a copy of `coder`, trained on scale · x, that works on x.
 
-    All activation functions here satisfy act(s·h) = s·act(h), so dividing both biases by the scale
-    makes the code s times smaller and leaves both weight matrices, and the unit decoder rows, as
-    they are.
+    All activation functions here satisfy act(s·h) = s·act(h), thresholds scaled too, so dividing
+    biases and thresholds by the scale makes the code s times smaller and leaves both weight
+    matrices, and the unit decoder rows, as they are.
     """
     raw = _copy(coder)
-    raw.b_enc.div_(scale)
-    raw.b_dec.div_(scale)
+    for name in IN_ACTIVATION_UNITS:
+        if (tensor := getattr(raw, name, None)) is not None:
+            tensor.div_(scale)
     return raw
 
 
@@ -36,7 +39,8 @@ def fold_affine(coder: SparseCoder, shift: Tensor, factor: Tensor, inverse: Tens
     W_enc ← W_enc A,   W_dec ← W_dec A⁻¹,   b_dec ← b_dec A⁻¹ + shift
 
     Pre-activations, and with them the code, are those of training, whatever the activation
-    function. Decoder rows are what a latent writes in raw units: no longer of norm 1.
+    function, if encoder and decoder are two matrices. Decoder rows are what a latent writes in raw
+    units: no longer of norm 1.
 
     Args:
         shift: (d_in). factor: A, symmetric (d_in, d_in), or its diagonal (d_in).
@@ -56,6 +60,9 @@ def fold_affine(coder: SparseCoder, shift: Tensor, factor: Tensor, inverse: Tens
         for weight, bias in ((coder.W_enc, b_dec), (raw.W_enc, moved))
     )
     raw.b_enc.copy_(coder.b_enc.double().cpu() - before + after)
+    if coder.cfg.activation == "gated":  # its magnitudes are exp(r_mag) times the same products
+        moved_too = coder.r_mag.double().cpu().exp() * (after - before)
+        raw.b_mag.copy_(coder.b_mag.double().cpu() + moved_too)
     return raw
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from sae.coder import SparseCoder, normalise_decoder_, project_decoder_gradient_
 from sae.coder.latents import SparseCode
-from sae.coder.losses import LossInputs, extra_losses, reconstruction_loss
+from sae.coder.losses import LossInputs, extra_losses
+from sae.coder.reconstruction import reconstruct
+from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.state import TrainState
 
@@ -27,16 +29,28 @@ class TrainingModule(nn.Module):
         self.coder, self.variance, self.is_bf16 = coder, variance, precision == "bf16"
 
     def forward(
-        self, x: Tensor, dead_indices: Tensor
+        self, x: Tensor, dead_indices: Tensor, values: StepValues
     ) -> tuple[dict[str, Tensor], Tensor, SparseCode | Tensor]:
         """Return the losses of x (n, d_in), "loss" being their sum; the residual; the code."""
+        coder, variance = self.coder, self.variance
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            code = self.coder.encode_training(x)
-            x_hat = self.coder.decode(code)
+            encoding = coder.encode_for_losses(x, values)
+            x_hat, loss = reconstruct(coder, encoding.code, x, values, variance)
             residual = x - x_hat
-            losses = {"reconstruction": reconstruction_loss(residual, self.variance)}
-            losses |= extra_losses(LossInputs(self.coder, x, x_hat, residual, code, dead_indices))
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, code
+            given = LossInputs(
+                coder,
+                x,
+                x_hat,
+                residual,
+                encoding.code,
+                dead_indices,
+                values,
+                encoding.pre_acts,
+                encoding.wider,
+                variance,
+            )
+            losses = {"reconstruction": loss, **extra_losses(given)}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, encoding.code
 
 
 class AutogradStep:
@@ -51,11 +65,14 @@ class AutogradStep:
             state.coder, steps_done=state.step, betas=cfg.train.adam_betas
         )
 
-    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
+    def __call__(
+        self, inputs: Iterable[Tensor], lr: float, values: StepValues | None = None
+    ) -> None:
         """Train on the micro-batches of one step."""
+        values = values or StepValues.fixed(self.state.coder.cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._accumulate_gradients(inputs)
+        self._accumulate_gradients(inputs, values)
         coder = self.state.coder
         project_decoder_gradient_(coder)
         if self.cfg.train.grad_clip_norm is not None:
@@ -64,13 +81,13 @@ class AutogradStep:
         self.optimizer.zero_grad(set_to_none=True)
         normalise_decoder_(coder)
 
-    def _accumulate_gradients(self, inputs: Iterable[Tensor]) -> None:
+    def _accumulate_gradients(self, inputs: Iterable[Tensor], values: StepValues) -> None:
         """Add up the gradients of the micro-batches, and what the log and AuxK count."""
         state, n_micro = self.state, self.cfg.train.grad_accumulation_steps
         for micro, x in enumerate(inputs):
             is_last = micro == n_micro - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):
-                losses, residual, code = self.module(x, state.dead.indices)
+                losses, residual, code = self.module(x, state.dead.indices, values)
                 (losses["loss"] / n_micro).backward()
             state.metrics.update(x, residual, code, losses)
             state.dead.update(code, state.tokens_seen + self.cfg.train.batch_tokens)

@@ -8,7 +8,7 @@ tensors that stay where they are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ EAGER_CALLS = 2
 
 @dataclass
 class _Recording:
-    """What belongs to one tuple of input shapes."""
+    """What belongs to one tuple of input shapes, and what was given besides."""
 
     inputs: tuple[Tensor, ...]  # the memory that the graph reads
     n_calls: int = 0
@@ -36,41 +36,41 @@ class Captured:
 
     def __init__(self, function: Callable[..., None], device: torch.device):
         self.function, self.is_off = function, device.type != "cuda"
-        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
         self._pool = None if self.is_off else torch.cuda.graph_pool_handle()
         self._side = None if self.is_off else torch.cuda.Stream(device)
 
-    def __call__(self, *inputs: Tensor) -> None:
-        """Run the function once."""
+    def __call__(self, *inputs: Tensor, given: Hashable) -> None:
+        """Run the function once; `given`, passed on by its name, is part of what is captured."""
         if self.is_off:
-            self.function(*inputs)
+            self.function(*inputs, given=given)
             return
-        recording = self._recording(inputs)
-        for kept, given in zip(recording.inputs, inputs, strict=True):
-            kept.copy_(given, non_blocking=True)
+        recording = self._recording(inputs, given)
+        for kept, x in zip(recording.inputs, inputs, strict=True):
+            kept.copy_(x, non_blocking=True)
         if recording.graph is None and recording.n_calls >= EAGER_CALLS:
-            recording.graph = self._capture(recording.inputs)
+            recording.graph = self._capture(recording.inputs, given)
         recording.n_calls += 1
         if recording.graph is not None:
             recording.graph.replay()
         else:
-            self._run_aside(recording.inputs)
+            self._run_aside(recording.inputs, given)
 
-    def _recording(self, inputs: tuple[Tensor, ...]) -> _Recording:
-        shapes = tuple(given.shape for given in inputs)
-        if shapes not in self._recordings:
-            self._recordings[shapes] = _Recording(tuple(map(torch.empty_like, inputs)))
-        return self._recordings[shapes]
+    def _recording(self, inputs: tuple[Tensor, ...], given: Hashable) -> _Recording:
+        key = (given, *(x.shape for x in inputs))
+        if key not in self._recordings:
+            self._recordings[key] = _Recording(tuple(map(torch.empty_like, inputs)))
+        return self._recordings[key]
 
-    def _run_aside(self, inputs: tuple[Tensor, ...]) -> None:
+    def _run_aside(self, inputs: tuple[Tensor, ...], given: Hashable) -> None:
         """Run on another stream, as what is captured may not have run on the default one alone."""
         assert self._side is not None
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
-            self.function(*inputs)
+            self.function(*inputs, given=given)
         torch.cuda.current_stream().wait_stream(self._side)
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, inputs: tuple[Tensor, ...], given: Hashable) -> torch.cuda.CUDAGraph | None:
         """Record the function without running it."""
         if self.is_off:
             return None
@@ -78,7 +78,7 @@ class Captured:
         try:
             # Other threads (the buffer's) may allocate meanwhile; theirs is not captured.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self.function(*inputs)
+                self.function(*inputs, given=given)
         except RuntimeError as error:
             self.is_off = True
             warnings.warn(

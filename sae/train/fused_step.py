@@ -28,7 +28,8 @@ import sae_kernels
 from sae.coder import SparseCoder
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.latents import SparseCode
-from sae.coder.losses import LOSSES, LossInputs, auxk_gradients
+from sae.coder.losses import LossInputs, auxk_gradients, extra_loss_names
+from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.capture import Captured
 from sae.train.distributed import mean_over_ranks
@@ -64,7 +65,6 @@ class FusedStep:
         self.row = ACTIVATIONS[cfg.coder.activation]
         assert self.row.backward is not None, "`steps.resolve_step` chooses a coder's step"
         self.behind = self.row.backward
-        self.prefixes = self.row.prefixes(state.coder.cfg) if self.row.prefixes else None
         device = accelerator.device
         coder, is_bf16 = state.coder, cfg.train.mixed_precision == "bf16"
         # A CPU sums in float32, so 16-bit decoder rows would only be widened again there; and it
@@ -86,19 +86,27 @@ class FusedStep:
         self.captured = Captured(self._step, device)
 
     @torch.no_grad()
-    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
+    def __call__(
+        self, inputs: Iterable[Tensor], lr: float, values: StepValues | None = None
+    ) -> None:
         """Train on the micro-batches of one step."""
+        values = values or StepValues.fixed(self.state.coder.cfg)
         self.lr.fill_(lr)
         self.number.fill_(self.state.step + 1)
         if self.stores_gradients:
-            self._step_with_stored_gradients(inputs)
+            self._step_with_stored_gradients(inputs, values)
+            return
+        (x,) = inputs
+        # What else schedules say is for losses that autograd trains.
+        read = StepValues(k=values.k, prefixes=values.prefixes)
+        if self.cfg.coder.random_prefixes:  # others at each step: a graph would be used once
+            self._step(x, self.dead.indices(), given=read)
         else:
-            (x,) = inputs
-            self.captured(x, self.dead.indices())
+            self.captured(x, self.dead.indices(), given=read)
 
-    def _step(self, x: Tensor, dead_indices: Tensor) -> None:
+    def _step(self, x: Tensor, dead_indices: Tensor, *, given: StepValues) -> None:
         """Train on one batch without storing a gradient."""
-        back = self._backward(x, dead_indices)
+        back = self._backward(x, dead_indices, given)
         scalars = self._scalars()
         b_dec_term = sae_kernels.fused_update_(
             self.dictionary,
@@ -107,16 +115,16 @@ class FusedStep:
             back.grad_x_hat,
             back.x,
             more=back.aux,
-            prefixes=self.prefixes.ends if self.prefixes else None,
+            prefixes=given.prefixes or None,
         )
         back.others["b_dec"].add_(b_dec_term)
         self._update_others(back.others, scalars)
 
-    def _step_with_stored_gradients(self, inputs: Iterable[Tensor]) -> None:
+    def _step_with_stored_gradients(self, inputs: Iterable[Tensor], values: StepValues) -> None:
         """Train on micro-batches: add up, average over processes, clip, update."""
         dead_indices, total = self.dead.indices(), {}
         for x in inputs:
-            gradients = self._stored(self._backward(x, dead_indices))
+            gradients = self._stored(self._backward(x, dead_indices, values), values)
             for name, gradient in gradients.items():
                 total[name] = total[name].add_(gradient) if name in total else gradient
         n_micro = self.cfg.train.grad_accumulation_steps
@@ -127,26 +135,23 @@ class FusedStep:
         sae_kernels.dense_update_(self.dictionary, scalars, gradients)
         self._update_others(total, scalars)
 
-    def _backward(self, x: Tensor, dead_indices: Tensor) -> Backward:
+    def _backward(self, x: Tensor, dead_indices: Tensor, values: StepValues) -> Backward:
         """Return the gradients of one micro-batch's mean loss, and count it for the log."""
         coder, c = self.coder, 1 / (len(x) * self.state.calibration.variance)
-        code = coder.encode_training(x)
+        code = coder.encode_training(x, values)
         assert not isinstance(code, Tensor), "the row's `backward` promises a sparse code"
-        found = self._decode(code, x)
+        found = self._decode(code, x, values)
         behind = self.behind(coder, code, found.grad_values * c)
         losses, aux = {"reconstruction": found.loss.sum() * c}, None
-        given = LossInputs(coder, x, found.x_hat, found.residual, code, dead_indices)
-        for name in self.row.losses:
-            if name == "auxk":
-                losses[name], aux = auxk_gradients(given)
-            else:  # its gradient is part of `behind`
-                losses[name] = LOSSES[name](given)
+        given = LossInputs(coder, x, found.x_hat, found.residual, code, dead_indices, values)
+        if "auxk" in extra_loss_names(coder.cfg):
+            losses["auxk"], aux = auxk_gradients(given)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         self.state.metrics.update(x, found.residual, code, losses)
         self.state.dead.update(code, self.number * self.cfg.train.batch_tokens)
 
-        grad_x_hat = found.residual if self.prefixes is None else found.prefix_residuals
-        wide = grad_x_hat if self.prefixes is None else grad_x_hat[:, 0]
+        grad_x_hat = found.prefix_residuals if values.prefixes else found.residual
+        wide = grad_x_hat[:, 0] if values.prefixes else grad_x_hat
         offsets = code.offsets if isinstance(code, Ragged) else None
         return Backward(
             Code(code.values * (-2 * c), code.indices, behind.pre_acts, offsets),
@@ -156,16 +161,16 @@ class FusedStep:
             {"b_dec": wide.sum(0) * (-2 * c), **behind.parameters},
         )
 
-    def _decode(self, code: SparseCode, x: Tensor) -> sae_kernels.DecodeLoss:
-        coder, prefixes = self.coder, self.prefixes
+    def _decode(self, code: SparseCode, x: Tensor, values: StepValues) -> sae_kernels.DecodeLoss:
+        coder, ends = self.coder, values.prefixes
         return sae_kernels.sparse_decode_loss(
             code.values,
             code.indices,
             coder.W_dec if coder.dec_shadow is None else coder.dec_shadow,
             coder.b_dec,
             x,
-            prefixes=prefixes.ends if prefixes else None,
-            prefix_weights=prefixes.weights if prefixes else None,
+            prefixes=ends or None,
+            prefix_weights=[1 / len(ends)] * len(ends) if ends else None,
             offsets=code.offsets if isinstance(code, Ragged) else None,
         )
 
@@ -173,9 +178,9 @@ class FusedStep:
         """Return rows in the dtype that the weight gradients' gathers read."""
         return rows if self.coder.dec_shadow is None else rows.to(self.coder.dec_shadow.dtype)
 
-    def _stored(self, back: Backward) -> dict[str, Tensor]:
+    def _stored(self, back: Backward, values: StepValues) -> dict[str, Tensor]:
         """Return a micro-batch's gradients by parameter name."""
-        ends = self.prefixes.ends if self.prefixes else None
+        ends = values.prefixes or None
         d_sae = self.coder.d_sae
         sums = sae_kernels.sparse_gradients(
             back.code, back.grad_x_hat, back.x, d_sae, prefixes=ends

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from sae.config import TrainConfig
+from sae.coder.step_values import StepValues
+from sae.config import Config, TrainConfig
 
 LR_AT_2_14_LATENTS = 2e-4
 LONG_RUN_STEPS = 10_000
@@ -40,6 +42,22 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
     rising = (step + 1) / warmup if warmup >= 1 else 1.0
     falling = (steps - step) / decay if decay >= 1 else 1.0
     return cfg.lr * min(1.0, rising, falling)
+
+
+def values_at(step: int, cfg: Config) -> StepValues:
+    """Return what the schedules say of the coder at the step with 0-based index `step`."""
+    fixed = StepValues.fixed(cfg.coder)
+    if not cfg.coder.random_prefixes:
+        return fixed
+    assert cfg.coder.d_sae is not None, "resolve the configuration first"
+    seed = f"prefixes of step {step}, seed {cfg.run.seed}"
+    return replace(fixed, prefixes=drawn_prefixes(cfg.coder.random_prefixes, cfg.coder.d_sae, seed))
+
+
+def drawn_prefixes(n: int, d_sae: int, seed: str) -> tuple[int, ...]:
+    """Return up to n different ends of prefixes, uniform in their logarithm, and d_sae."""
+    draw = random.Random(seed).random
+    return tuple(sorted({min(int(d_sae ** draw()), d_sae - 1) for _ in range(n)} | {d_sae}))
 
 
 def derived_precision(device: torch.device) -> Literal["no", "bf16"]:

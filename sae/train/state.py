@@ -70,7 +70,7 @@ class TrainState:
         """Return the part of the state that is tensors, by name; live tensors, not copies."""
         normaliser = self.calibration.normaliser.tensors()
         return {
-            **{f"coder.{name}": value for name, value in self.coder.state_dict().items()},
+            **{f"coder.{name}": value for name, value in coder_tensors(self.coder).items()},
             **{f"adam.{name}": value for name, value in self.adam.tensors().items()},
             **{f"normaliser.{name}": value for name, value in normaliser.items()},
             "mean": self.calibration.mean,
@@ -117,4 +117,9 @@ class TrainState:
         self.dead.indices = tensors["dead.indices"].to(device)
         for name, value in wanted.items():
             if name != "dead.indices":
-                value.copy_(tensors[name])
+                value.detach().copy_(tensors[name])
+
+
+def coder_tensors(coder: SparseCoder) -> dict[str, Tensor]:
+    """Return a coder's parameters and buffers, one matrix under two names once."""
+    return {**dict(coder.named_parameters()), **dict(coder.named_buffers())}

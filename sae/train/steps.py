@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sae.coder.activations import ACTIVATIONS
+from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.autograd_step import AutogradStep
 from sae.train.distributed import is_first_process
@@ -25,8 +26,13 @@ from sae.train.state import TrainState
 class Step(Protocol):
     """One optimiser step: gradients, update, and what the log and the dead list count."""
 
-    def __call__(self, inputs: Iterable[Tensor], lr: float) -> None:
-        """Train on this process's micro-batches, each (n, d_in) float32 in training units."""
+    def __call__(
+        self, inputs: Iterable[Tensor], lr: float, values: StepValues | None = None
+    ) -> None:
+        """Train on this process's micro-batches, each (n, d_in) float32 in training units.
+
+        `values` are what schedules say now; None leaves the configuration's own.
+        """
         ...
 
 
@@ -34,6 +40,9 @@ STEPS: dict[str, Callable[[Config, TrainState, Accelerator], Step]] = {
     "fused": FusedStep,
     "autograd": AutogradStep,
 }
+
+# Losses and encoders whose gradients the fused step does not know.
+ONLY_BY_AUTOGRAD = ("refine_step", "multi_k", "tilt", "detach_prefixes")
 
 
 def make_step(cfg: Config, state: TrainState, accelerator: Accelerator) -> Step:
@@ -71,4 +80,7 @@ def _obstacle(cfg: Config) -> str | None:
     """Return the setting that the fused step cannot train with, or None."""
     if ACTIVATIONS[cfg.coder.activation].backward is None:
         return f"`coder.activation: {cfg.coder.activation}`"
+    for name in ONLY_BY_AUTOGRAD:
+        if getattr(cfg.coder, name):
+            return f"`coder.{name}: {getattr(cfg.coder, name)}`"
     return None

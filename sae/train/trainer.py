@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sae.coder import SparseCoder
-from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import initial_b_dec
+from sae.coder.losses import extra_loss_names
 from sae.config import Config
 from sae.stream.normalisation import Normaliser, PooledSample
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
@@ -29,7 +29,7 @@ from sae.train.distributed import sum_over_ranks
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.metrics import MetricSums
 from sae.train.progress import TrainProgress
-from sae.train.schedule import lr_at, n_steps
+from sae.train.schedule import lr_at, n_steps, values_at
 from sae.train.state import Calibration, TrainState
 from sae.train.steps import make_step
 from sae.train.tracking import Tracker, open_trackers
@@ -85,7 +85,8 @@ def train_coder(
                 break
 
             # ---- one training step ----
-            step(_inputs(cfg, state, accelerator), lr_at(state.step, cfg.train))
+            values = values_at(state.step, cfg)
+            step(_inputs(cfg, state, accelerator), lr_at(state.step, cfg.train), values)
             state.step += 1
 
     if stop_signal:
@@ -141,7 +142,7 @@ def calibrate(sample: Tensor, cfg: Config) -> Calibration:
 
 def loss_names(cfg: Config) -> tuple[str, ...]:
     """Return the names of the losses that `cfg`'s coder trains with, their sum first."""
-    return ("loss", "reconstruction", *ACTIVATIONS[cfg.coder.activation].losses)
+    return ("loss", "reconstruction", *extra_loss_names(cfg.coder))
 
 
 class Log:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from coder_variants import VARIANTS, make_variant
 
 from sae.coder import (
     Latents,
@@ -16,43 +18,35 @@ from sae.coder import (
     project_decoder_gradient_,
     to_raw_units,
 )
-from sae.coder.activations import ACTIVATIONS
 from sae.coder.initialisation import geometric_median, initial_b_dec
-from sae.coder.losses import LossInputs, auxk_loss, l1_loss, reconstruction_loss
+from sae.coder.losses import LossInputs, auxk_loss, extra_loss_names
+from sae.coder.step_values import StepValues
 from sae.config import CoderConfig
 from sae.train.autograd_step import TrainingModule
 
 D_IN, D_SAE, K = 12, 40, 5
 
 
-def make_coder(activation: str = "topk", **settings) -> SparseCoder:
-    cfg = CoderConfig(activation=activation, d_sae=D_SAE, k=K, **settings)  # pyright: ignore
-    coder = SparseCoder.create(D_IN, cfg, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in coder.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+def make_coder(name: str = "topk", **settings) -> SparseCoder:
+    coder = make_variant(name, d_in=D_IN, d_sae=D_SAE, k=K)
+    coder.cfg = replace(coder.cfg, **settings)
     return coder
+
+
+def loss_inputs(coder: SparseCoder, x: torch.Tensor, dead: torch.Tensor) -> LossInputs:
+    encoding = coder.encode_for_losses(x)
+    x_hat = coder.decode(encoding.code)
+    values = StepValues.fixed(coder.cfg)
+    return LossInputs(
+        coder, x, x_hat, x - x_hat, encoding.code, dead, values, encoding.pre_acts, encoding.wider
+    )
 
 
 def inputs(n: int = 16, seed: int = 3) -> torch.Tensor:
     return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_encode_is_the_formula(activation: str):
-    coder, x = make_coder(activation), inputs().double()
-    coder.double()
-    pre_acts = (x - coder.b_dec) @ coder.W_enc.T + coder.b_enc
-    expected = pre_acts.relu()
-    if activation == "topk":
-        kth = pre_acts.sort(descending=True).values[:, K - 1 : K]
-        expected = torch.where(pre_acts >= kth, expected, 0)
-    torch.testing.assert_close(coder.encode(x), expected)
-    torch.testing.assert_close(coder(x), expected @ coder.W_dec + coder.b_dec)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", VARIANTS)
 @pytest.mark.parametrize("shape", [(7, D_IN), (2, 3, D_IN), (D_IN,), (0, D_IN)])
 def test_sparse_and_dense_forms_agree(activation: str, shape: tuple[int, ...]):
     coder = make_coder(activation)
@@ -96,7 +90,7 @@ def test_creation_is_seeded_and_leaves_the_global_generator():
     assert first.d_sae == 8 * D_IN
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", VARIANTS)
 @pytest.mark.parametrize("scale", [0.02, 1.0, 37.0])
 def test_raw_units_give_the_same_reconstruction(activation: str, scale: float):
     coder, x = make_coder(activation).double(), inputs().double()
@@ -107,24 +101,47 @@ def test_raw_units_give_the_same_reconstruction(activation: str, scale: float):
     assert torch.equal(raw.W_dec, coder.W_dec)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_loss_trains_every_parameter(activation: str):
-    coder = make_coder(activation)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_loss_trains_every_parameter(variant: str):
+    """Each by itself, but for those that a loss is not meant to move."""
+    coder = make_coder(variant)
     module = TrainingModule(coder, variance=float(D_IN))
-    losses, _, _ = module(inputs(64), torch.arange(10))
-    assert set(losses) == {"loss", "reconstruction", *ACTIVATIONS[activation].losses}
-    losses["loss"].backward()
-    for name, parameter in coder.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
+    losses, _, _ = module(inputs(64), torch.arange(10), StepValues.fixed(coder.cfg))
+    assert set(losses) == {"loss", "reconstruction", *extra_loss_names(coder.cfg)}
+    for loss in losses.keys() - {"loss"}:
+        coder.zero_grad()
+        losses[loss].backward(retain_graph=True)
+        moved = {
+            name
+            for name, parameter in coder.named_parameters()
+            if parameter.grad is not None and parameter.grad.abs().sum() > 0
+        }
+        every = {name for name, _ in coder.named_parameters()}
+        assert moved == every - spared(loss, coder), loss
+
+
+def spared(loss: str, coder: SparseCoder) -> set[str]:
+    """Return the parameters that a loss leaves alone, by its definition."""
+    of_magnitudes = {"r_mag", "b_mag"}
+    if loss == "auxk":  # trains dead latents, not the centre
+        return {"b_dec", "threshold"} | of_magnitudes
+    if loss == "gate":  # the decoder is held still
+        return {"W_dec"} | of_magnitudes
+    if loss == "reconstruction" and coder.cfg.activation == "gated":
+        return {"b_enc"}  # a gate jumps: only the other two losses open it
+    if loss != "sparsity":
+        return set()
+    if coder.cfg.sparsity_loss == "quadratic":  # L0 depends on the thresholds alone
+        return {"W_enc", "W_dec", "b_enc", "b_dec"}
+    if coder.cfg.sparsity_loss == "step":
+        return {"W_enc", "W_dec", "b_enc", "b_dec"}
+    return of_magnitudes
 
 
 def test_auxk_gradient_reaches_encoder_and_decoder_of_dead_latents_only():
     coder, x = make_coder(k_aux=4), inputs(64)
     dead = torch.tensor([3, 7, 11, 20, 33])
-    x_hat = coder(x)
-    loss = auxk_loss(LossInputs(coder, x, x_hat, x - x_hat, coder.encode_sparse(x), dead))
-    loss.backward()
+    auxk_loss(loss_inputs(coder, x, dead)).backward()
     for name in ("W_enc", "W_dec", "b_enc"):
         rows = getattr(coder, name).grad.reshape(D_SAE, -1).abs().sum(1)
         assert (rows[dead] > 0).all(), name
@@ -140,31 +157,15 @@ def test_auxk_is_the_formula():
     for row in pre_acts:
         row[row.argmin()] = 0
     expected = (residual - pre_acts @ coder.W_dec[dead]).pow(2).sum() / residual.pow(2).sum()
-    inputs_ = LossInputs(coder, x, coder(x), residual, coder.encode_sparse(x), dead)
-    torch.testing.assert_close(auxk_loss(inputs_), coder.cfg.aux_coefficient * expected)
+    torch.testing.assert_close(
+        auxk_loss(loss_inputs(coder, x, dead)), coder.cfg.aux_coefficient * expected
+    )
 
 
 def test_auxk_without_dead_latents_is_zero():
     coder, x = make_coder(), inputs()
     none = torch.empty(0, dtype=torch.int64)
-    assert auxk_loss(LossInputs(coder, x, x, x, coder.encode_sparse(x), none)) == 0
-
-
-def test_l1_is_the_same_for_both_forms_and_counts_decoder_norms():
-    coder, x = make_coder("relu", l1_coefficient=0.5), inputs()
-    dense, latents = coder.encode(x), coder.encode_sparse(x)
-    none = torch.empty(0, dtype=torch.int64)
-    values = [l1_loss(LossInputs(coder, x, x, x, code, none)) for code in (dense, latents)]
-    expected = 0.5 * (dense * coder.W_dec.norm(dim=1)).sum(1).mean() / D_IN**0.5
-    for value in values:
-        torch.testing.assert_close(value, expected)
-
-
-def test_reconstruction_loss_does_not_depend_on_the_split():
-    residual = inputs(12)
-    whole = reconstruction_loss(residual, 3.0)
-    parts = torch.stack([reconstruction_loss(part, 3.0) for part in residual.split(4)])
-    torch.testing.assert_close(parts.mean(), whole)
+    assert auxk_loss(loss_inputs(coder, x, none)) == 0
 
 
 def test_decoder_stays_unit_norm_and_its_gradient_orthogonal():
@@ -236,7 +237,9 @@ def test_a_topk_step_has_one_dense_product():
     coder, n = make_coder(), 64
     module = TrainingModule(coder, variance=1.0)
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
-        losses, _, _ = module(inputs(n), torch.empty(0, dtype=torch.int64))
+        losses, _, _ = module(
+            inputs(n), torch.empty(0, dtype=torch.int64), StepValues.fixed(coder.cfg)
+        )
         losses["loss"].backward()
     dense = [sizes for sizes in matmul_shapes(profile) if {n, D_SAE, D_IN} <= sizes]
     assert len(dense) == 1

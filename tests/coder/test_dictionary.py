@@ -9,32 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from coder_variants import OPEN_TO_SAELENS, VARIANTS, make_variant
 from safetensors.torch import load_file, save_file
 
 import sae
 from sae.coder import SparseCoder, load_dictionary, save_dictionary
-from sae.coder.activations import ACTIVATIONS
-from sae.config import CoderConfig
 
 D_IN, D_SAE = 10, 24
 
 
-def make_coder(activation: str = "topk") -> SparseCoder:
-    cfg = CoderConfig(activation=activation, d_sae=D_SAE, k=4)  # pyright: ignore
-    coder = SparseCoder.create(
-        D_IN, cfg, metadata={"hook_name": "model.layers.1", "model_name": "m"}
-    )
-    with torch.no_grad():
-        coder.b_enc.normal_(generator=torch.Generator().manual_seed(0))
-        coder.b_dec.normal_(generator=torch.Generator().manual_seed(1))
-    return coder
+def make_coder(name: str = "topk") -> SparseCoder:
+    return make_variant(name, d_in=D_IN, d_sae=D_SAE, k=4)
 
 
 def inputs() -> torch.Tensor:
     return torch.randn(9, D_IN, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", VARIANTS)
 def test_round_trip(activation: str, tmp_path: Path):
     coder = make_coder(activation)
     save_dictionary(coder, tmp_path / "d")
@@ -44,7 +36,7 @@ def test_round_trip(activation: str, tmp_path: Path):
     assert torch.equal(again(inputs()), coder(inputs()))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", VARIANTS)
 def test_layout_is_saelens_v6(activation: str, tmp_path: Path):
     coder = make_coder(activation)
     coder.save(str(tmp_path / "d"))
@@ -54,18 +46,43 @@ def test_layout_is_saelens_v6(activation: str, tmp_path: Path):
     ]
     config = json.loads((tmp_path / "d/cfg.json").read_text())
     tensors = load_file(tmp_path / "d/sae_weights.safetensors")
-    assert config["architecture"] == {"topk": "topk", "relu": "standard"}[activation]
+    assert config["architecture"] == ARCHITECTURES[activation]
     assert config["normalize_activations"] == "none"
     assert config["apply_b_dec_to_input"] is True
-    assert {k: tuple(v.shape) for k, v in tensors.items()} == {
-        "W_enc": (D_IN, D_SAE),
-        "W_dec": (D_SAE, D_IN),
-        "b_enc": (D_SAE,),
-        "b_dec": (D_IN,),
-    }
+    of_latents = {name: (D_SAE,) for name in OWN_TENSORS.get(config["architecture"], ["b_enc"])}
+    expected = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,), **of_latents}
+    if coder.is_tied:
+        expected = {name: expected[name] for name in ("W_dec", "b_dec")}
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == expected
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+ARCHITECTURES = {
+    "topk": "topk",
+    "signed": "sae_signed_topk",
+    "multi_topk": "topk",
+    "refined_topk": "sae_refined_topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "refined": "sae_refined_jumprelu",
+    "jumprelu": "jumprelu",
+    "jumprelu_tanh": "jumprelu",
+    "jumprelu_quadratic": "jumprelu",
+    "relu": "standard",
+    "relu_p_norm": "standard",
+    "relu_tanh": "sae_refined_standard",
+    "gated": "gated",
+    "matryoshka_gated": "gated",
+    "matching_pursuit": "matching_pursuit",
+    "matryoshka_pursuit": "matching_pursuit",
+}
+OWN_TENSORS = {
+    "jumprelu": ["b_enc", "threshold"],
+    "sae_refined_jumprelu": ["b_enc", "threshold", "first_threshold"],
+    "gated": ["b_gate", "r_mag", "b_mag"],
+}
+
+
+@pytest.mark.parametrize("activation", OPEN_TO_SAELENS)
 def test_a_saelens_config_without_ours_means_the_same(activation: str, tmp_path: Path):
     coder = make_coder(activation)
     save_dictionary(coder, tmp_path)
@@ -163,7 +180,7 @@ def test_a_plain_state_dict_loads_without_asking(tmp_path: Path):
 @pytest.mark.sae_lens
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", OPEN_TO_SAELENS)
 def test_saelens_opens_our_folder(activation: str, tmp_path: Path):
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 

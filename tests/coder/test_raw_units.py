@@ -8,25 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from coder_variants import OPEN_TO_SAELENS, VARIANTS, make_variant
 from torch import Tensor
 
 import sae
 from sae.coder import SparseCoder, fold_affine, save_dictionary, with_layer_norm
-from sae.coder.activations import ACTIVATIONS
 from sae.coder.layer_norm import layer_norm
-from sae.config import CoderConfig
 
 D_IN, D_SAE = 10, 24
 
 
-def make_coder(activation: str = "topk") -> SparseCoder:
-    cfg = CoderConfig(activation=activation, d_sae=D_SAE, k=4)  # pyright: ignore
-    coder = SparseCoder.create(D_IN, cfg, metadata={"hook_name": "model.layers.1"})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in coder.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return coder
+def make_coder(name: str = "topk") -> SparseCoder:
+    return make_variant(name, d_in=D_IN, d_sae=D_SAE, k=4)
 
 
 def inputs(n: int = 30) -> Tensor:
@@ -44,7 +37,7 @@ def affine(shape: str) -> tuple[Tensor, Tensor, Tensor]:
     return shift, *(((turn * s) @ turn.T).float() for s in (sizes, 1 / sizes))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in VARIANTS if "pursuit" not in name])
 @pytest.mark.parametrize("shape", ["diagonal", "matrix"])
 @torch.no_grad()
 def test_an_affine_map_is_folded(activation: str, shape: str):
@@ -62,11 +55,13 @@ def test_an_affine_map_is_folded(activation: str, shape: str):
     )
     undone = torch.linalg.inv(factor.double().diag() if shape == "diagonal" else factor.double())
     expected = exact(trained) @ undone + shift
-    torch.testing.assert_close(raw(x).double(), expected, rtol=1e-6, atol=1e-4)
+    # A refinement reconstructs in raw units on the way: rounded at the shift's size, once more.
+    rtol = 5e-6 if coder.cfg.refine_step else 1e-6
+    torch.testing.assert_close(raw(x).double(), expected, rtol=rtol, atol=1e-4)
     assert not torch.allclose(raw.W_dec.norm(dim=1), coder.W_dec.norm(dim=1))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", VARIANTS)
 @torch.no_grad()
 def test_a_coder_with_a_layer_norm_norms_and_undoes_it(activation: str):
     coder = make_coder(activation)
@@ -124,12 +119,14 @@ def test_a_layer_norm_goes_to_the_folder_and_back_in_saelens_words(tmp_path: Pat
 @pytest.mark.sae_lens
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", OPEN_TO_SAELENS)
 @pytest.mark.parametrize("kind", ["folded", "layer_norm"])
 def test_saelens_opens_what_was_normalised(activation: str, kind: str, tmp_path: Path):
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
     coder, x = make_coder(activation), inputs()
+    if coder.is_tied and kind == "folded":
+        return  # one matrix cannot take an affine map
     raw = with_layer_norm(coder) if kind == "layer_norm" else fold_affine(coder, *affine("matrix"))
     x = x if kind == "layer_norm" else x + affine("matrix")[0]
     save_dictionary(raw, tmp_path)

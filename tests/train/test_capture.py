@@ -50,9 +50,9 @@ class Graphs:
     def function(self, total: Tensor):
         """Return a function that adds its input to `total` when it really runs."""
 
-        def add(x: Tensor, y: Tensor) -> None:
+        def add(x: Tensor, y: Tensor, given: int) -> None:
             def run() -> None:
-                total.add_(x.sum() + y.sum())
+                total.add_(given * (x.sum() + y.sum()))
 
             if self.is_capturing:
                 self.current.again = run
@@ -72,11 +72,12 @@ def test_each_call_happens_once_on_its_own_inputs(monkeypatch: pytest.MonkeyPatc
     captured = Captured(graphs.function(total), torch.device("cuda"))
     expected = 0.0
     for x, y in calls():
-        captured(x, y)
-        expected += float(x.sum() + y.sum())
-        assert float(total) == expected
-    assert graphs.n_captures == 2  # one a kind of shape
-    assert graphs.n_replays == 12 - 2 * EAGER_CALLS
+        for given in (1, 2):
+            captured(x, y, given=given)
+            expected += given * float(x.sum() + y.sum())
+            assert float(total) == expected
+    assert graphs.n_captures == 4  # one a kind of shape and a number given
+    assert graphs.n_replays == 24 - 4 * EAGER_CALLS
 
 
 def test_a_failed_capture_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch):
@@ -85,7 +86,7 @@ def test_a_failed_capture_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch
 
     def call_all() -> None:
         for x, y in calls():
-            captured(x, y)
+            captured(x, y, given=1)
 
     with pytest.warns(UserWarning, match=r"could not be captured .*not permitted") as warned:
         call_all()
@@ -95,7 +96,7 @@ def test_a_failed_capture_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch
 
 def test_on_a_cpu_it_is_a_plain_call():
     total = torch.zeros(())
-    captured = Captured(lambda x: total.add_(x.sum()), torch.device("cpu"))
+    captured = Captured(lambda x, given: total.add_(x.sum() + given), torch.device("cpu"))
     for _ in range(5):
-        captured(torch.ones(2))
-    assert float(total) == 10
+        captured(torch.ones(2), given=1)
+    assert float(total) == 15

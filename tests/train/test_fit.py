@@ -36,9 +36,9 @@ def test_fit_learns_and_works_on_raw_activations(activations: torch.Tensor, tmp_
 
 
 def test_relu_fits_too(activations: torch.Tensor):
-    coder = sae.fit(activations, tokens=120_000, l1_coefficient=0.02, lr=3e-3, **RELU)
+    coder = sae.fit(activations, tokens=120_000, sparsity_coefficient=0.02, lr=3e-3, **RELU)
     assert fvu(coder, activations) < 0.3
-    sparser = sae.fit(activations, tokens=120_000, l1_coefficient=0.2, lr=3e-3, **RELU)
+    sparser = sae.fit(activations, tokens=120_000, sparsity_coefficient=0.2, lr=3e-3, **RELU)
     assert (sparser.encode(activations) != 0).sum() < (coder.encode(activations) != 0).sum()
 
 

@@ -13,9 +13,9 @@ from step_states import BATCH, D_IN, copy_training_, inputs_of, make, resolved, 
 from torch import Tensor
 
 import sae
-import sae_kernels
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.losses import LossInputs, auxk_gradients, auxk_loss
+from sae.coder.step_values import StepValues
 from sae.stream.arrays import open_source
 from sae.stream.normalisation import Normaliser
 from sae.train.adam import AdamState
@@ -64,7 +64,7 @@ def test_fused_is_autograd_to_rounding(activations: Tensor, settings: dict):
             state.step += 1
             rows.append(state.metrics.compute())
             state.metrics.clear()
-        for name in ("loss", "reconstruction", "auxk", "fvu", "l0"):
+        for name in rows[1]:
             assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5, abs=1e-6), (i, name)
         for name, parameter in fused.coder.named_parameters():
             expected = plain.coder.get_parameter(name)
@@ -101,7 +101,7 @@ def test_auxk_gradients_are_autograds(n_padded: int):
         coder.b_dec.normal_(generator=generator)
     dead = torch.tensor([3, 7, 11, 20, 33])
     residual = (x - coder(x)).detach()
-    given = LossInputs(coder, x, x - residual, residual, coder.encode_sparse(x), dead)
+    given = LossInputs(coder, x, x - residual, residual, coder.encode_sparse(x), dead, StepValues(k=4))
     loss = auxk_loss(given)
     loss.backward()
     padded = torch.cat([dead, torch.full((n_padded,), coder.d_sae)])
@@ -167,52 +167,36 @@ def test_the_bf16_option_is_as_exact_as_float32_on_a_cpu(activations: Tensor):
     assert torch.equal(shadow, state.coder.W_enc.detach().bfloat16())  # kept fresh
 
 
-# ---- codes that no activation here has yet: one row each
-
-
-def batch_topk_row(prefixes: Callable | None = None):
-    """BatchTopK by one registry row: a ragged code, TopK's backward."""
-
-    def encode(coder: sae.SparseCoder, x: Tensor) -> sae_kernels.Ragged:
-        pre_acts = torch.relu((x - coder.b_dec) @ coder.W_enc.T + coder.b_enc)
-        return sae_kernels.batch_topk(pre_acts, coder.cfg.k * len(x))[0]
-
-    topk = ACTIVATIONS["topk"]
-    return replace(topk, encode_training=encode, losses=(), prefixes=prefixes)
-
-
-def three_prefixes(cfg: sae.config.CoderConfig):
-    from sae.coder.activations import Prefixes
-
-    assert cfg.d_sae
-    return Prefixes((4, cfg.d_sae // 2, cfg.d_sae), (0.5, 0.25, 1.0))
+# ---- batches selected together, and prefixes
 
 
 @pytest.mark.parametrize("settings", [{}, {"train.grad_accumulation_steps": 2}])
-@pytest.mark.parametrize("prefixes", [None, three_prefixes])
-def test_other_codes_join_by_one_row(
-    activations: Tensor, monkeypatch: pytest.MonkeyPatch, settings: dict, prefixes
+@pytest.mark.parametrize("prefixes", [(), (4, 32)])
+def test_batchtopk_and_prefixes_are_their_definition(
+    activations: Tensor, settings: dict, prefixes: tuple[int, ...]
 ):
     """BatchTopK and Matryoshka against plain differentiation of their own definitions."""
-    monkeypatch.setitem(ACTIVATIONS, "topk", batch_topk_row(prefixes))
-    state, step = make(activations, "fused", **settings)
+    of_coder = {"coder.activation": "batchtopk", "coder.prefixes": prefixes, "coder.k_aux": 0}
+    state, step = make(activations, "fused", **of_coder, **settings)
     coder = sae.SparseCoder.create(D_IN, state.coder.cfg, seed=0)
     coder.load_state_dict(state.coder.state_dict())
-    ends, weights = three_prefixes(coder.cfg) if prefixes else ((coder.d_sae,), (1.0,))
+    ends = (*prefixes, coder.d_sae)
     adam = torch.optim.Adam(coder.parameters(), lr=1e-3)
     n_micro = state.batch_tokens // 128 if settings else 1
+    threshold = 0.0
     for i in range(5):
         batch = inputs_of(state, n_micro, 256 // n_micro)
-        step(batch, 1e-3)
+        step(batch, 1e-3, StepValues.fixed(coder.cfg))
         state.step = i + 1
         for x in batch:
             pre_acts = torch.relu((x - coder.b_dec) @ coder.W_enc.T + coder.b_enc)
             least = pre_acts.flatten().topk(coder.cfg.k * len(x)).values[-1]
+            threshold += 0.01 * (float(least.detach()) - threshold)
             latents = pre_acts.where(pre_acts >= least, 0)
             loss = torch.zeros(())
-            for end, weight in zip(ends, weights, strict=True):
+            for end in ends:
                 error = x - latents[:, :end] @ coder.W_dec[:end] - coder.b_dec
-                loss = loss + weight * error.square().sum()
+                loss = loss + error.square().sum() / len(ends)
             (loss / (len(x) * state.calibration.variance * n_micro)).backward()
         sae.coder.project_decoder_gradient_(coder)
         adam.step()
@@ -220,6 +204,7 @@ def test_other_codes_join_by_one_row(
         sae.coder.normalise_decoder_(coder)
     for name, parameter in coder.named_parameters():
         torch.testing.assert_close(parameter, state.coder.get_parameter(name), rtol=0, atol=1e-5)
+    torch.testing.assert_close(state.coder.threshold, torch.full((64,), threshold))
 
 
 def test_a_row_may_train_parameters_of_its_own(

@@ -1,0 +1,38 @@
+"""From x to pre-activations, once or with a refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.coder.latents import SparseCode
+
+if TYPE_CHECKING:
+    from sae.coder.coder import SparseCoder
+
+Select = Callable[[Tensor, bool], SparseCode | Tensor]
+
+
+def pre_activations(coder: SparseCoder, x: Tensor) -> Tensor:
+    """Return (x − b_dec) W_encᵀ + b_enc, (n, d_sae), multiplied in the shadow's dtype if any."""
+    if coder.enc_shadow is None:
+        return torch.addmm(coder.b_enc, x - coder.b_dec, coder.W_enc.T)
+    rows = (x - coder.b_dec).to(coder.enc_shadow.dtype)
+    return torch.addmm(coder.b_enc.to(rows.dtype), rows, coder.enc_shadow.T).to(x.dtype)
+
+
+def refined(coder: SparseCoder, x: Tensor, select: Select) -> tuple[SparseCode | Tensor, Tensor]:
+    """Return the code of x after one refinement, and the pre-activations it was selected from.
+
+    h ← h + η (x − x_hat) W_encᵀ, x_hat being what a first code of h reconstructs: one step of
+    iterative shrinkage, with the encoder's own weights. Gradients pass both selections.
+    Source: Gregor and LeCun 2010, "Learning Fast Approximations of Sparse Coding", eq. 4, with the
+    encoder in the place of the transposed decoder and η = `coder.refine_step`.
+    """
+    pre_acts = pre_activations(coder, x)
+    left = x - coder.decode(select(pre_acts, True))
+    refined_pre_acts = torch.addmm(pre_acts, left, coder.W_enc.T, alpha=coder.cfg.refine_step)
+    return select(refined_pre_acts, False), refined_pre_acts

@@ -30,6 +30,8 @@ class Latents(NamedTuple):
 
 
 SparseCode = Latents | Ragged
+# A number gathered costs about this many numbers multiplied.
+DENSE_FROM = 100
 
 
 def to_dense(code: SparseCode | Tensor, d_sae: int) -> Tensor:
@@ -39,8 +41,8 @@ def to_dense(code: SparseCode | Tensor, d_sae: int) -> Tensor:
         pairs = torch.arange(code.values.numel(), device=code.values.device)
         # Padding, of value 0, may lie behind the last token's pairs: it adds nothing anywhere.
         tokens = torch.searchsorted(code.offsets[1:], pairs, right=True).clamp(max=max(n - 1, 0))
-        dense = code.values.new_zeros(n, d_sae)
-        return dense.index_put((tokens, code.indices), code.values, accumulate=True)
+        flat = code.values.new_zeros(n * d_sae)
+        return flat.scatter_add(0, tokens * d_sae + code.indices, code.values).reshape(n, d_sae)
     return code.to_dense(d_sae) if isinstance(code, Latents) else code
 
 
@@ -49,6 +51,13 @@ def from_dense(dense: Tensor) -> Latents:
     k = max(int((dense != 0).sum(-1).max()) if dense.numel() else 0, 1)
     indices = torch.topk(dense.abs(), k, dim=-1, sorted=False).indices
     return Latents(dense.gather(-1, indices), indices)
+
+
+def dense_if_cheaper(code: SparseCode | Tensor, n: int, d_sae: int) -> SparseCode | Tensor:
+    """Return the dense form of a code of n tokens where products with it cost less than gathers."""
+    if isinstance(code, Tensor) or code.values.numel() * DENSE_FROM < n * d_sae:
+        return code
+    return to_dense(code, d_sae)
 
 
 def strongest(code: Latents, k: int) -> Latents:

@@ -29,14 +29,13 @@ from sae.config import CoderConfig
 class LossInputs:
     """What a loss may use, from one batch.
 
-    Shapes: x, x_hat, residual (n, d_in); pre_acts (n, d_sae), None where the code was made without
+    Shapes: x, residual (n, d_in); pre_acts (n, d_sae), None where the code was made without
     them; dead_indices (n_dead) int64, which may be empty. wider: the code of `coder.multi_k`
     latents. variance: see `reconstruction`.
     """
 
     coder: SparseCoder
     x: Tensor
-    x_hat: Tensor
     residual: Tensor
     code: SparseCode | Tensor
     dead_indices: Tensor

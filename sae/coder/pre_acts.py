@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae.coder.latents import SparseCode
+from sae.coder.latents import SparseCode, dense_if_cheaper
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
@@ -33,6 +33,7 @@ def refined(coder: SparseCoder, x: Tensor, select: Select) -> tuple[SparseCode |
     encoder in the place of the transposed decoder and η = `coder.refine_step`.
     """
     pre_acts = pre_activations(coder, x)
-    left = x - coder.decode(select(pre_acts, True))
+    first = dense_if_cheaper(select(pre_acts, True), len(x), coder.d_sae)
+    left = x - coder.decode(first)
     refined_pre_acts = torch.addmm(pre_acts, left, coder.W_enc.T, alpha=coder.cfg.refine_step)
     return select(refined_pre_acts, False), refined_pre_acts

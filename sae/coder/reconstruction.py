@@ -11,67 +11,78 @@ split over micro-batches and processes.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from sae.coder.coder import SparseCoder
-from sae.coder.latents import SparseCode
+from sae.coder.latents import SparseCode, dense_if_cheaper
 from sae.coder.step_values import StepValues
 
 
 def reconstruct(
     coder: SparseCoder, code: SparseCode | Tensor, x: Tensor, values: StepValues, variance: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x_hat (n, d_in) of the whole dictionary, and the loss over all prefixes."""
-    tilt = coder.cfg.tilt
+    """Return the residual (n, d_in) of the whole dictionary, and the loss over all prefixes."""
+    code = dense_if_cheaper(code, len(x), coder.d_sae)
     if not values.prefixes:
-        x_hat = coder.decode(code)
-        return x_hat, token_mean(squared_error(x, x_hat), tilt) / variance
-    parts = prefix_parts(coder, code, values.prefixes)
-    x_hat = coder.b_dec + torch.stack(parts).sum(0)
-    *inner, whole = reconstructions(coder.b_dec, parts, detached=coder.cfg.detach_prefixes)
-    losses = [token_mean(squared_error(x, x_hat), tilt) for x_hat in (*inner, whole)]
-    return x_hat, torch.stack(losses).mean() / variance
+        residuals = [x - coder.decode(code)]
+    elif isinstance(code, Tensor):
+        residuals = _of_dense(coder, code, x, values.prefixes)
+    else:
+        residuals = _of_sparse(coder, code, x, values.prefixes)
+    errors = [mean_squared(residual, coder.cfg.tilt) for residual in residuals]
+    return residuals[-1], torch.stack(errors).mean() / variance
 
 
-def reconstructions(b_dec: Tensor, parts: list[Tensor], *, detached: bool) -> list[Tensor]:
-    """Return the x_hat of each prefix, the whole last, from what each adds to the one before.
+def _of_dense(coder: SparseCoder, code: Tensor, x: Tensor, ends: tuple[int, ...]) -> list[Tensor]:
+    """Return what each prefix leaves over, the whole last: each a product more than the one before.
 
     Detached, a prefix sees the one before it as a constant, all but the whole.
     Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 4; detaching after D. Chanin's
     LISTA-Matryoshka for SynthSAEBench.
     """
-    found = [b_dec + parts[0]]
-    for part in parts[1:-1]:
-        found.append((found[-1].detach() if detached else found[-1]) + part)
-    return [*found, b_dec + torch.stack(parts).sum(0)] if len(parts) > 1 else found
+    widths = [end - start for start, end in pairwise((0, *ends))]
+    parts = list(zip(code.split(widths, 1), coder.W_dec.split(widths), strict=True))
+    left, residuals = x - coder.b_dec, []
+    is_detached = coder.cfg.detach_prefixes
+    for latents, rows in parts[:-1] if is_detached else parts:
+        before = residuals[-1].detach() if is_detached and residuals else (residuals or [left])[-1]
+        residuals.append(torch.addmm(before, latents, rows, alpha=-1))
+    if is_detached:
+        residuals.append(torch.addmm(left, code, coder.W_dec, alpha=-1))
+    return residuals
 
 
-def prefix_parts(
-    coder: SparseCoder, code: SparseCode | Tensor, ends: tuple[int, ...]
+def _of_sparse(
+    coder: SparseCoder, code: SparseCode, x: Tensor, ends: tuple[int, ...]
 ) -> list[Tensor]:
-    """Return what the latents from one prefix's end to the next add to x_hat, (n, d_in)."""
-    starts = (0, *ends[:-1])
-    if isinstance(code, Tensor):
-        return [
-            code[:, start:end] @ coder.W_dec[start:end]
-            for start, end in zip(starts, ends, strict=True)
-        ]
-    parts = []
-    for start, end in zip(starts, ends, strict=True):
-        is_outside = (code.indices < start) | (code.indices >= end)
-        values = code.values.masked_fill(is_outside, 0)
-        parts.append(coder.decode(code._replace(values=values)) - coder.b_dec)
-    return parts
+    """Return the same from a sparse code, whose values outside a prefix are made zero."""
+    residuals, start = [], 0
+    for end in ends:
+        is_detached = coder.cfg.detach_prefixes and start > 0 and end < ends[-1]
+        inside = code._replace(values=code.values.masked_fill(code.indices >= end, 0))
+        if is_detached:
+            new = code._replace(values=inside.values.masked_fill(code.indices < start, 0))
+            added = coder.decode(new) - coder.b_dec
+            residuals.append(residuals[-1].detach() - added)
+        else:
+            residuals.append(x - coder.decode(inside))
+        start = end
+    return residuals
 
 
-def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Return each token's ‖x − x_hat‖², (n)."""
-    return (x - x_hat).pow(2).sum(-1)
+def mean_squared(residual: Tensor, tilt: float) -> Tensor:
+    """Return the tokens' mean ‖residual‖²; with a tilt, large ones count more."""
+    if tilt == 0:
+        flat = residual.flatten()
+        return flat.dot(flat) / len(residual)
+    return token_mean(torch.linalg.vecdot(residual, residual), tilt)
 
 
 def token_mean(errors: Tensor, tilt: float) -> Tensor:
-    """Return the mean of the tokens' errors (n), badly reconstructed ones counting more.
+    """Return the mean of the tokens' errors (n), large ones counting more.
 
     Weights are softmax(tilt · error / mean error), held constant.
     Source: Li et al. 2020 (arXiv 2007.01162), tilted empirical risk; in units of the mean, so that

@@ -35,12 +35,10 @@ class TrainingModule(nn.Module):
         coder, variance = self.coder, self.variance
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
             encoding = coder.encode_for_losses(x, values)
-            x_hat, loss = reconstruct(coder, encoding.code, x, values, variance)
-            residual = x - x_hat
+            residual, loss = reconstruct(coder, encoding.code, x, values, variance)
             given = LossInputs(
                 coder,
                 x,
-                x_hat,
                 residual,
                 encoding.code,
                 dead_indices,

@@ -35,10 +35,16 @@ def make_coder(name: str = "topk", **settings) -> SparseCoder:
 
 def loss_inputs(coder: SparseCoder, x: torch.Tensor, dead: torch.Tensor) -> LossInputs:
     encoding = coder.encode_for_losses(x)
-    x_hat = coder.decode(encoding.code)
     values = StepValues.fixed(coder.cfg)
     return LossInputs(
-        coder, x, x_hat, x - x_hat, encoding.code, dead, values, encoding.pre_acts, encoding.wider
+        coder,
+        x,
+        x - coder.decode(encoding.code),
+        encoding.code,
+        dead,
+        values,
+        encoding.pre_acts,
+        encoding.wider,
     )
 
 
@@ -232,16 +238,21 @@ def matmul_shapes(profile: torch.autograd.profiler.profile) -> list[set[int]]:
 
 
 @pytest.mark.filterwarnings("ignore")
+def wide_coder() -> SparseCoder:
+    """So wide that gathers cost less than products."""
+    return make_variant("topk", d_in=D_IN, d_sae=128 * K, k=K)
+
+
 def test_a_topk_step_has_one_dense_product():
     """No (n, d_sae) × (d_sae, d_in) decode, and no dense gradient product either."""
-    coder, n = make_coder(), 64
+    coder, n = wide_coder(), 64
     module = TrainingModule(coder, variance=1.0)
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
         losses, _, _ = module(
             inputs(n), torch.empty(0, dtype=torch.int64), StepValues.fixed(coder.cfg)
         )
         losses["loss"].backward()
-    dense = [sizes for sizes in matmul_shapes(profile) if {n, D_SAE, D_IN} <= sizes]
+    dense = [sizes for sizes in matmul_shapes(profile) if {n, coder.d_sae, D_IN} <= sizes]
     assert len(dense) == 1
 
 

@@ -20,6 +20,7 @@ from sae.coder.layer_norm import undo_layer_norm
 from sae.config import NormalisationName
 from sae.configuration import from_flat, read_run_config
 from sae.stream.normalisation import FITS, Normaliser
+from sae.train.state import coder_tensors
 
 AUTO_WARNS = pytest.mark.filterwarnings("ignore:The fused training step does not train")
 
@@ -43,7 +44,9 @@ def of_training(checkpoint: Path, kind: NormalisationName) -> tuple[sae.SparseCo
     """The coder in training units and its normaliser, read from what a resumed run reads."""
     tensors = load_file(checkpoint / "trainer.safetensors")
     coder = sae.SparseCoder(16, sae.load(checkpoint).cfg)
-    coder.load_state_dict({name: tensors[f"coder.{name}"] for name in coder.state_dict()})
+    with torch.no_grad():
+        for name, tensor in coder_tensors(coder).items():
+            tensor.copy_(tensors[f"coder.{name}"])
     parts = {n.removeprefix("normaliser."): t for n, t in tensors.items() if "normaliser" in n}
     return coder, Normaliser(kind, **parts)
 
@@ -67,6 +70,10 @@ def test_saved_coders_work_on_raw_activations(
     activations: Tensor, tmp_path: Path, activation: str, kind: NormalisationName
 ):
     """Each checkpoint and final/ against the training coder on normalised activations."""
+    if activation == "matching_pursuit" and kind in ("standardise", "whiten"):
+        with pytest.raises(ValueError, match="whose encoder is its decoder"):
+            sae.fit(activations, activation=activation, **settings(run=tmp_path, kind=kind))
+        return
     run, x = tmp_path / "run", activations[:256]
     returned = sae.fit(activations, activation=activation, **settings(run, kind))  # pyright: ignore
     steps = checkpoints(run)

@@ -267,7 +267,7 @@ class CoderConfig:
 
     sparsity_loss: SparsityLossName | None = None
     """What a code is made sparse by: l1, p_norm or tanh (relu, gated), step, tanh or quadratic
-    (jumprelu); None: l1 and step."""
+    (jumprelu); None: l1, step, and quadratic where jumprelu has a `target_l0`."""
 
     sparsity_coefficient: float | None = None
     """Weight of the sparsity loss; None: 0.1 (l1, p_norm), 0.001 (tanh, step), 1 (quadratic)."""
@@ -276,14 +276,15 @@ class CoderConfig:
     """Factor on latents inside the tanh loss."""
 
     target_l0: float | None = None
-    """Active latents a token that training aims at by moving the sparsity loss's weight (relu,
-    gated, jumprelu); the quadratic loss needs it and has it inside. None: the weight stays."""
+    """Active latents a token that training aims at: by moving the sparsity loss's weight (relu,
+    gated), or inside the quadratic loss (jumprelu), which needs it. None: the weight stays."""
 
     bandwidth: float = 0.05
     """Width of the straight-through window around a threshold, in training units (jumprelu)."""
 
-    threshold_init: float = 0.1
-    """Thresholds before the first step, in training units (jumprelu)."""
+    threshold_init: float | None = None
+    """Thresholds before the first step, in training units (jumprelu); None: what lets `target_l0`
+    latents through on the calibration sample, or 0.1 without a target."""
 
     ste_to_encoder: bool = False
     """Let the straight-through gradient reach the encoder too, not the thresholds alone
@@ -427,6 +428,15 @@ def _require_coherent(coder: CoderConfig) -> None:
         f"must be one of {', '.join(losses)} for {coder.activation}",
         coder.sparsity_loss,
         "Choose one of these.",
+    )
+    _require(
+        coder.activation != "jumprelu"
+        or coder.target_l0 is None
+        or coder.sparsity_loss in (None, "quadratic"),
+        "coder.sparsity_loss",
+        "must be quadratic for jumprelu with a `coder.target_l0`: a weight alone cannot raise L0",
+        coder.sparsity_loss,
+        "Leave one of the two out.",
     )
     _require(
         coder.sparsity_loss != "quadratic" or coder.target_l0 is not None,

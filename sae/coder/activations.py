@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
 
 
+DEFAULT_THRESHOLD = 0.1
+
+
 class CodeGradients(NamedTuple):
     """What a code's values pass on: dL/dpre_acts, and gradients of parameters of its own, by name.
 
@@ -166,7 +169,9 @@ def _batchtopk_own(coder: SparseCoder) -> dict[str, Tensor]:
 
 
 def _jumprelu_own(coder: SparseCoder) -> dict[str, Tensor]:
-    return {"threshold": nn.Parameter(torch.full((coder.d_sae,), coder.cfg.threshold_init))}
+    start = coder.cfg.threshold_init
+    level = DEFAULT_THRESHOLD if start is None else start
+    return {"threshold": nn.Parameter(torch.full((coder.d_sae,), level))}
 
 
 def _gated_own(coder: SparseCoder) -> dict[str, Tensor]:

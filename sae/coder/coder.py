@@ -246,6 +246,8 @@ def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
         k_aux = max(d_in // 2, 1) if cfg.activation in DEFAULT_AUXK else 0
     kinds = SPARSITY_LOSSES.get(cfg.activation)
     kind = cfg.sparsity_loss or (kinds[0] if kinds else None)
+    if cfg.activation == "jumprelu" and cfg.target_l0 is not None:
+        kind = "quadratic"
     weight = cfg.sparsity_coefficient
     return replace(
         cfg,

@@ -1,11 +1,20 @@
-"""Where b_dec starts: the centre of the activations."""
+"""Where b_dec and thresholds start: the centre of the activations, and what lets enough through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sae.coder.pre_acts import pre_activations
+
+if TYPE_CHECKING:
+    from sae.coder.coder import SparseCoder
+
+# Enough to know a quantile by.
+MOST_PRE_ACTS = 4_000_000
 
 OverRanks = Callable[[Tensor], Tensor]
 
@@ -57,6 +66,24 @@ def initial_b_dec(x: Tensor, method: str, over_ranks: OverRanks = lambda x: x) -
     It is that of the samples of all processes together.
     """
     return B_DEC_INITS[method](x, over_ranks)
+
+
+@torch.no_grad()
+def start_thresholds_(coder: SparseCoder, x: Tensor, over_ranks: OverRanks = lambda x: x) -> None:
+    """Set the thresholds of a new JumpReLU coder so that it begins at its target L0.
+
+    A threshold moves by about the learning rate a step, so one that begins far off would spend a
+    short run on its way. `x` (n, d_in) are inputs; the level is the mean of the processes' own.
+    """
+    cfg = coder.cfg
+    if cfg.activation != "jumprelu" or cfg.target_l0 is None or cfg.threshold_init is not None:
+        return
+    rows = x[: max(MOST_PRE_ACTS // coder.d_sae, 1)]
+    kept = max(int(cfg.target_l0 * len(rows)), 1)
+    pre_acts = pre_activations(coder, rows).flatten()
+    level = pre_acts.kthvalue(pre_acts.numel() - kept + 1).values.clamp_min(0)
+    total = over_ranks(torch.stack([level, torch.ones_like(level)]))
+    coder.threshold.fill_(total[0] / total[1])
 
 
 B_DEC_INITS: dict[str, Callable[[Tensor, OverRanks], Tensor]] = {

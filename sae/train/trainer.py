@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sae.coder import SparseCoder
-from sae.coder.initialisation import initial_b_dec
+from sae.coder.initialisation import initial_b_dec, start_thresholds_
 from sae.coder.losses import extra_loss_names
 from sae.config import Config
 from sae.stream.normalisation import Normaliser, PooledSample
@@ -97,12 +97,14 @@ def train_coder(
 def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
     """Return the state before the first step: calibrated, initialised, on the device."""
     device = accelerator.device
-    calibration = calibrate(source.calibration_sample().to(device), cfg)
+    sample = source.calibration_sample().to(device)
+    calibration = calibrate(sample, cfg)
     metadata = source.metadata()
     coder = SparseCoder.create(source.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata)
     coder.to(device)
     with torch.no_grad():
         coder.b_dec.copy_(calibration.b_dec)
+    start_thresholds_(coder, calibration.normaliser.apply(sample), sum_over_ranks)
     assert cfg.train.dead_after_tokens is not None
     assert cfg.coder.k_aux is not None
     return TrainState(

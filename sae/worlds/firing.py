@@ -29,6 +29,14 @@ class Fired:
     features: Tensor
     values: Tensor
 
+    def at(self, places: Tensor) -> Fired:
+        """Return some of the m, by index."""
+        return Fired(
+            self.rows.index_select(0, places),
+            self.features.index_select(0, places),
+            self.values.index_select(0, places),
+        )
+
 
 class Firing:
     """Draws for `features`, of which `forest` says who is whose child."""
@@ -36,93 +44,134 @@ class Firing:
     def __init__(self, features: Features, forest: Forest, scaled_by_parent: bool):
         self.features, self.forest, self.scaled_by_parent = features, forest, scaled_by_parent
         is_rare = features.probability[forest.top] <= RARE
-        self.common, self.rare = forest.top[~is_rare], forest.top[is_rare]
-        self.has_children = (forest.children != NONE).any(1)
-        self.is_flat = not bool(self.has_children.any())
-        self._common = (
-            features.loading[self.common].T.contiguous(),
-            features.threshold[self.common],
-        )
-        self._rare = (features.loading[self.rare].T.contiguous(), features.threshold[self.rare])
+        self._common = _Group(features, forest.top[~is_rare])
+        self._rare = _Group(features, forest.top[is_rare])
+        self._families = _Families(features, forest)
 
     def draw(self, n: int, generator: torch.Generator) -> Fired:
         """Return what fires in n rows, ordered by row."""
-        device = self.features.loading.device
-        rank = self.features.loading.shape[1]
-        shared = torch.randn(n, rank, generator=generator, device=device)
-        levels = [self._common_top(shared, generator), self._rare_top(shared, generator)]
-        level = _joined(levels)
+        loading = self.features.loading
+        shared = torch.randn(n, loading.shape[1], generator=generator, device=loading.device)
+        level = _joined([self._common_top(shared, generator), self._rare_top(shared, generator)])
         found = [level]
-        while not self.is_flat and len(level.rows):
+        for _ in range(self._families.n_levels):
             level = self._children(level, shared, generator)
             found.append(level)
         every = _joined(found)
-        order = every.rows.argsort(stable=True)
-        values = every.values * self.features.norm[every.features]
-        return Fired(every.rows[order], every.features[order], values[order])
+        every = every.at(every.rows.argsort(stable=True))
+        norms = self.features.norm.index_select(0, every.features)
+        return Fired(every.rows, every.features, every.values * norms)
 
     def _common_top(self, shared: Tensor, generator: torch.Generator) -> Fired:
-        loading, threshold = self._common
-        noise = torch.randn(
-            len(shared), len(threshold), generator=generator, device=threshold.device
-        )
-        rows, columns = (noise.addmm_(shared, loading) > threshold).nonzero().unbind(1)
-        return self._strengths(rows, self.common[columns], generator)
+        group = self._common
+        shape, device = (len(shared), len(group.threshold)), shared.device
+        noise = torch.randn(shape, generator=generator, device=device)
+        is_on = noise.addmm_(shared, group.loading) > group.threshold
+        rows, columns = is_on.nonzero().unbind(1)
+        return self._strengths(rows, group.features.index_select(0, columns), generator)
 
     def _rare_top(self, shared: Tensor, generator: torch.Generator) -> Fired:
-        """Thin a Poisson process: a cell that it hits at rate −log(1 − p) fires with probability p."""
-        loading, threshold = self._rare
-        n_rows, n_columns = len(shared), len(threshold)
+        """Thin a Poisson process: a cell hit at rate −log(1 − p) fires with probability p."""
+        group, n_rows, device = self._rare, len(shared), shared.device
+        n_columns = len(group.threshold)
         if n_columns == 0:
-            nothing = self.rare
+            nothing = group.features
             return Fired(nothing, nothing, self.features.mean[nothing])
-        level = torch.addmm(threshold, shared, loading, beta=-1)
-        rate = -torch.special.log_ndtr(-level.amax(0))
+        level = torch.addmm(group.threshold, shared, group.loading, beta=-1)
+        rate = _rate(level.amax(0))
         counts = torch.poisson(rate * n_rows, generator=generator).long()
-        columns = torch.arange(n_columns, device=rate.device).repeat_interleave(counts)
-        shape, device = columns.shape, rate.device
-        rows = torch.randint(n_rows, shape, generator=generator, device=device)
-        wanted = -torch.special.log_ndtr(-level[rows, columns])
-        kept = torch.rand(shape, generator=generator, device=device) * rate[columns] < wanted
-        cells = (rows[kept] * n_columns + columns[kept]).unique()
-        return self._strengths(cells // n_columns, self.rare[cells % n_columns], generator)
+        columns = torch.arange(n_columns, device=device).repeat_interleave(counts)
+        shape = columns.shape
+        cells = torch.randint(n_rows, shape, generator=generator, device=device) * n_columns
+        cells += columns
+        height = torch.rand(shape, generator=generator, device=device)
+        height *= rate.index_select(0, columns)
+        is_kept = height < _rate(level.view(-1).index_select(0, cells))
+        cells = cells.masked_select(is_kept).unique()
+        columns = cells % n_columns
+        return self._strengths(
+            cells // n_columns, group.features.index_select(0, columns), generator
+        )
 
     def _children(self, level: Fired, shared: Tensor, generator: torch.Generator) -> Fired:
         """Return which children of the features of one level fire."""
-        is_parent = self.has_children[level.features]
-        rows, parents = level.rows[is_parent], level.features[is_parent]
-        scale = level.values[is_parent] / self.features.mean[parents]
-        children = self.forest.children[parents]
-        known = children.clamp(min=0)
-        loading = self.features.loading[known]
-        drive = torch.bmm(loading, shared[rows][:, :, None])[:, :, 0]
-        noise = torch.randn(drive.shape, generator=generator, device=drive.device)
-        is_on = (drive + noise > self.features.threshold[known]) & (children != NONE)
-        strength = self._magnitudes(known, generator)
+        families = self._families
+        of_parent = families.number.index_select(0, level.features)
+        level = level.at((of_parent >= 0).nonzero()[:, 0])
+        family = families.number.index_select(0, level.features)
+        own = shared.index_select(0, level.rows)[:, :, None]
+        drive = torch.bmm(families.loading.index_select(0, family), own)[:, :, 0]
+        drive -= families.threshold.index_select(0, family)
+        shape, device = drive.shape, drive.device
+        is_on = drive + torch.randn(shape, generator=generator, device=device) > 0
+        strength = self._magnitudes(
+            families.mean.index_select(0, family), families.sd.index_select(0, family), generator
+        )
         is_on &= strength > 0
         # Of exclusive siblings that would fire, each is as likely to be the one that does.
-        lot = torch.rand(drive.shape, generator=generator, device=drive.device)
-        best = torch.where(is_on, lot, -1.0).argmax(1, keepdim=True)
-        is_best = torch.zeros_like(is_on).scatter_(1, best, True)
-        is_on &= is_best | ~self.forest.is_exclusive[parents][:, None]
+        lot = torch.rand(shape, generator=generator, device=device).masked_fill_(~is_on, -1.0)
+        is_best = lot == lot.amax(1, keepdim=True)
+        is_on &= is_best | families.is_shared.index_select(0, family)
         if self.scaled_by_parent:
-            strength = strength * scale[:, None]
-        places, columns = is_on.nonzero().unbind(1)
-        return Fired(rows[places], children[places, columns], strength[places, columns])
+            means = self.features.mean.index_select(0, level.features)
+            strength *= (level.values / means)[:, None]
+        places = is_on.view(-1).nonzero()[:, 0]
+        parents = places // shape[1]
+        children = families.children.index_select(0, family).view(-1)
+        return Fired(
+            level.rows.index_select(0, parents),
+            children.index_select(0, places),
+            strength.view(-1).index_select(0, places),
+        )
 
     def _strengths(self, rows: Tensor, features: Tensor, generator: torch.Generator) -> Fired:
-        values = self._magnitudes(features, generator)
-        is_on = values > 0
-        return Fired(rows[is_on], features[is_on], values[is_on])
+        mean = self.features.mean.index_select(0, features)
+        sd = self.features.sd.index_select(0, features)
+        fired = Fired(rows, features, self._magnitudes(mean, sd, generator))
+        return fired.at((fired.values > 0).nonzero()[:, 0])
 
-    def _magnitudes(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        shape, device = features.shape, features.device
+    def _magnitudes(self, mean: Tensor, sd: Tensor, generator: torch.Generator) -> Tensor:
         if self.features.is_uniform:
-            return torch.rand(shape, generator=generator, device=device)
-        noise = torch.randn(shape, generator=generator, device=device)
-        return torch.addcmul(
-            self.features.mean[features], self.features.sd[features], noise
-        ).relu_()
+            return torch.rand(mean.shape, generator=generator, device=mean.device)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return torch.addcmul(mean, sd, noise).relu_()
+
+
+class _Group:
+    """Some features, with what their firing needs laid out for a product: (rank, m), (m)."""
+
+    def __init__(self, features: Features, members: Tensor):
+        self.features = members
+        self.loading = features.loading[members].T.contiguous()
+        self.threshold = features.threshold[members]
+
+
+class _Families:
+    """Each parent's children side by side: (n_parents, branching) and (…, branching, rank).
+
+    Where a parent has fewer children, the place is held by one that never fires. number:
+    (n_features) a feature's row in these tables, −1 without children. is_shared: (n_parents, 1)
+    whether siblings may fire together.
+    """
+
+    def __init__(self, features: Features, forest: Forest):
+        parents = (forest.children != NONE).any(1).nonzero()[:, 0]
+        self.children = forest.children[parents]
+        self.number = torch.full_like(forest.parent, NONE)
+        self.number[parents] = torch.arange(len(parents), device=parents.device)
+        known = self.children.clamp(min=0)
+        self.loading = features.loading[known]
+        never = self.children == NONE
+        self.threshold = features.threshold[known].masked_fill_(never, float("inf"))
+        self.mean, self.sd = features.mean[known], features.sd[known]
+        self.is_shared = ~forest.is_exclusive[parents][:, None]
+        self.n_levels = forest.n_levels
+
+
+def _rate(level: Tensor) -> Tensor:
+    """Return −log(1 − Φ(level)) ≥ 0, for levels well below where Φ is 1 in float32."""
+    # By erfc, since torch's own Φ loses the small probabilities that matter here.
+    return torch.log1p(torch.erfc(level * -(0.5**0.5)).mul_(-0.5)).neg_()
 
 
 def _joined(parts: list[Fired]) -> Fired:

@@ -27,6 +27,14 @@ class Forest:
         """Features without a parent: roots, and those outside any tree."""
         return (self.parent == NONE).nonzero()[:, 0]
 
+    @property
+    def n_levels(self) -> int:
+        """Levels below the roots."""
+        n, level = 0, self.parent
+        while (level := level[level != NONE]).numel():
+            n, level = n + 1, self.parent[level]
+        return n
+
     def to(self, device: torch.device | str) -> Forest:
         """Return the same forest on a device."""
         return Forest(

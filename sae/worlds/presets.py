@@ -48,6 +48,9 @@ MATRYOSHKA_TOY: dict[str, Any] = SYNTH_16K | {
     "bias_norm": 0.0,
     "norm_spread": 0.05,
     "probabilities": (0.15,) * 3 + (OF_THREE,) * 9 + (0.05,) * 8,
+    "zipf_exponent": None,
+    "rarest": None,
+    "commonest": None,
     "correlation_rank": 0,
     "correlation_scale": 0.0,
     "trees": 3,
@@ -68,6 +71,7 @@ TOY_MODEL: dict[str, Any] = {
     "importance": 0.9,
     "toy_steps": 3000,
 }
+ZIPF = ["zipf_exponent", "rarest", "commonest"]
 PRESETS: dict[str, dict[str, Any]] = {
     "synth_16k": SYNTH_16K,
     "synth_1k": SYNTH_16K | {"n_features": 1024, "d_in": 256, "trees": 8},
@@ -98,17 +102,21 @@ def resolve_world(cfg: WorldConfig) -> WorldConfig:
                 f"`world.{name}` must be left out for {cfg.name}, which has no such setting; got "
                 f"{given[name]!r}. It has {', '.join(preset)}."
             )
-    resolved = replace(cfg, **_without_overruled(preset, given))
+    resolved = replace(cfg, **_merged(preset, given))
     _require_consistent(resolved)
     return resolved
 
 
-def _without_overruled(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return a preset with what is given; Zipf's law, asked for, replaces its probabilities."""
-    settings = preset | given
-    if {"zipf_exponent", "rarest", "commonest"} & set(given) and "probabilities" not in given:
-        settings["probabilities"] = None
-    return settings
+def _merged(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return a preset with what is given; probabilities and Zipf's law replace each other."""
+    law = [name for name in ZIPF if name in given]
+    if law and "probabilities" in given:
+        raise ValueError(
+            f"`world.probabilities` must be left out where `world.{law[0]}` is given; got both. "
+            "Give one of the two."
+        )
+    overruled = ["probabilities"] if law else ZIPF if "probabilities" in given else []
+    return preset | dict.fromkeys(overruled) | given
 
 
 def _require_consistent(cfg: WorldConfig) -> None:
@@ -118,6 +126,12 @@ def _require_consistent(cfg: WorldConfig) -> None:
         raise ValueError(
             f"`world.probabilities` must be one for all or one for each of {cfg.n_features} "
             f"features; got {len(p)}. Give as many as `world.n_features`."
+        )
+    missing = [name for name in ZIPF if getattr(cfg, name) is None]
+    if cfg.name != "toy_model" and p is None and missing:
+        raise ValueError(
+            f"`world.{missing[0]}` must be given where `world.probabilities` is not; it is None. "
+            f"Zipf's law needs {', '.join(ZIPF)}."
         )
     if cfg.rarest is not None and cfg.commonest is not None and cfg.rarest > cfg.commonest:
         raise ValueError(

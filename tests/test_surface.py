@@ -22,6 +22,7 @@ LEVELS = {
     "sae_kernels": 0,
     "coder": 2,
     "stream": 3,
+    "worlds": 3,
     "interop": 3,
     "evals": 4,
     "train": 5,
@@ -29,7 +30,8 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-ALLOWED_SIDEWAYS: set[tuple[str, str]] = set()
+# A world hands out its samples as what the trainer reads, an ActivationSource with its SourceState.
+ALLOWED_SIDEWAYS: set[tuple[str, str]] = {("worlds", "stream")}
 ONLY_IN = {
     "accelerate": ("train", "scripts"),
     "wandb": ("train",),

@@ -125,7 +125,12 @@ def _require_same_tokenizer(cfg: Config) -> None:
 
 
 def require_complete(cfg: Config) -> None:
-    """Refuse a configuration that lacks what only the user can know."""
+    """Refuse a configuration that lacks what only the user can know, or that is of a world."""
+    if cfg.world.name:
+        raise ValueError(
+            "`world.name` must be empty where a model reads text, as here; got "
+            f"{cfg.world.name!r}, which has neither. Leave it out, or train on the world."
+        )
     needed = {
         "model.name": (cfg.model.name, "the model, a hub id or a folder"),
         "model.hookpoint": (cfg.model.hookpoint, "the module to read, such as model.layers.8"),

@@ -101,11 +101,17 @@ def plan(cfg: Config, *, seconds: float = CALIBRATION_SECONDS) -> Plan:
 
     Errors: those of the run itself, for a configuration that cannot work.
     """
+    if cfg.world.name:
+        raise ValueError(
+            "`sae plan` must be given a model and text, or shards; got the world "
+            f"{cfg.world.name!r}. Train on it with a small `train.tokens` to see its speed."
+        )
     accelerator = make_accelerator(cfg.run, cfg.train)
     device, folder = accelerator.device, Path(cfg.run.folder or "runs/run")
     cfg = with_lanes(cfg, folder, accelerator.num_processes)
     reset_peak(device)
     source = open_source(with_small_buffer(cfg), accelerator)
+    assert isinstance(source, BufferedSource)
     try:
         cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, device)
         loading = peak(device)

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from sae.coder import save_dictionary
 from sae.coder.coder import resolve as resolve_coder
 from sae.config import Config
-from sae.configuration import from_flat
+from sae.configuration import flatten, from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
 from sae.stream.opening import open_model, pick_device, require_complete, require_single
 from sae.stream.rows import RowStream
 from sae.stream.shards import open_shards
+from sae.stream.source import ActivationSource
 from sae.train import schedule
 from sae.train.checkpoint import checkpoints, verify
 from sae.train.distributed import (
@@ -32,11 +33,14 @@ from sae.train.distributed import (
 from sae.train.folder import require_free, require_same, saved_lanes, write_run_files
 from sae.train.steps import resolve_step
 from sae.train.trainer import train_coder
+from sae.worlds import WorldSource, make_world, resolve_world
 
 
 def run(cfg: Config) -> Path:
     """Train as `cfg` says and return the run's folder; its `final/` holds the dictionary."""
-    require_complete(cfg)
+    cfg = with_world(cfg)
+    if not cfg.world.name:
+        require_complete(cfg)
     pick_device(cfg.stream.device, "stream.device")
     accelerator = make_accelerator(cfg.run, cfg.train)
     folder = Path(cfg.run.folder or "runs/run")
@@ -57,12 +61,40 @@ def run(cfg: Config) -> Path:
     return folder
 
 
-def open_source(cfg: Config, accelerator: Accelerator) -> BufferedSource:
-    """Open what `cfg` trains on: this process's lanes of a model's activations, or of shards."""
+def with_world(cfg: Config) -> Config:
+    """Return `cfg` with its world's settings filled in; without a world, `cfg` itself.
+
+    Errors: ValueError for a world's settings without one, and for settings of models, text and
+    buffers beside it.
+    """
+    cfg = replace(cfg, world=resolve_world(cfg.world))
+    if not cfg.world.name:
+        return cfg
+    given, default = flatten(cfg), flatten(Config())
+    idle = [
+        key
+        for key, value in given.items()
+        if key.split(".")[0] in ("model", "data", "stream", "harvest")
+        and key not in ("stream.normalisation", "stream.lanes")
+        and value != default[key]
+    ]
+    if idle:
+        raise ValueError(
+            f"`{idle[0]}` must be left out where `world.name` is given, as a world has neither "
+            f"model nor text; got {given[idle[0]]!r}. Leave out one of the two."
+        )
+    return cfg
+
+
+def open_source(cfg: Config, accelerator: Accelerator) -> ActivationSource:
+    """Open what `cfg` trains on: this process's lanes of a model's activations, shards or world."""
     assert cfg.stream.lanes is not None
     n_mine = cfg.stream.lanes // accelerator.num_processes
     first = accelerator.process_index * n_mine
     lanes = range(first, first + n_mine)
+    if cfg.world.name:
+        world = make_world(cfg.world, accelerator.device)
+        return WorldSource(world, seed=cfg.run.seed, lanes=lanes, n_lanes=cfg.stream.lanes)
     open_lanes = model_lanes if cfg.stream.shards is None else shard_lanes
     return BufferedSource(
         open_lanes(cfg, lanes, accelerator),
@@ -110,7 +142,8 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
     """Return `cfg` with every derived value filled in: what is saved with the run."""
     coder = resolve_coder(cfg.coder, d_in)
     assert coder.d_sae is not None
-    tokens_held = buffer_tokens(cfg.stream, cfg.data.context_size)
+    has_buffer = not cfg.world.name
+    tokens_held = buffer_tokens(cfg.stream, cfg.data.context_size) if has_buffer else None
     resolved = replace(
         cfg,
         coder=coder,
@@ -121,8 +154,10 @@ def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -
     return resolve_step(resolved)
 
 
-def with_dtypes(cfg: Config, source: BufferedSource) -> Config:
+def with_dtypes(cfg: Config, source: ActivationSource) -> Config:
     """Return `cfg` with the dtypes that this machine chose, so that another keeps to them."""
+    if not isinstance(source, BufferedSource):
+        return cfg
     first = next(iter(source.lanes.values()))
     dtypes = {"model.dtype": first.stream.dtypes[0], "stream.dtype": source.dtypes[0]}
     return from_flat({key: str(t).removeprefix("torch.") for key, t in dtypes.items()}, cfg)

@@ -14,7 +14,7 @@ import sae
 from sae.train.tracking import read_metrics
 
 QUICK = {"d_sae": 48, "k": 4, "batch_tokens": 256, "progress": False, "step": "autograd"}
-SHORT = {**QUICK, "tokens": 2_560, "lr": 1e-2, "dead_after_tokens": 512}
+SHORT = {**QUICK, "tokens": 2_560, "lr": 1e-2, "dead_after_tokens": 512, "dead_refresh_steps": 1}
 
 
 def fit(activations: torch.Tensor, *, by: str = "autograd", **settings: Any) -> sae.SparseCoder:

@@ -31,7 +31,7 @@ def train_toy_model(
     *,
     sparsity: float,
     importance: float,
-    steps: int = 3000,
+    steps: int = 1000,
     seed: int = 0,
 ) -> ToyModel:
     """Return the best of several models of n_features in n_hidden dimensions, on the CPU.

@@ -63,6 +63,11 @@ def reference(world: World) -> Any:
     )
 
 
+def show(text: str) -> None:
+    """Print what was measured; `pytest -s` shows it."""
+    print(text)  # noqa: T201
+
+
 @pytest.fixture(scope="module")
 def world() -> World:
     return make_world(WorldConfig(name="synth_1k"))
@@ -89,11 +94,9 @@ def test_the_world_itself_is_theirs(world: World, codes):
     theirs = model.feature_dict
     assert torch.allclose(world.directions, theirs.feature_vectors.detach(), atol=2e-3)
     assert torch.allclose(world.bias, theirs.bias.detach(), atol=1e-6)
-    cosine = mean_max_cosine(world.directions)
-    print(
-        f"mean max cosine {cosine:.4f}, theirs {mean_max_cosine(theirs.feature_vectors.detach()):.4f}"
-    )  # noqa: T201
-    assert cosine == pytest.approx(mean_max_cosine(theirs.feature_vectors.detach()), abs=1e-3)
+    cosines = [mean_max_cosine(g) for g in (world.directions, theirs.feature_vectors.detach())]
+    show(f"mean max cosine {cosines[0]:.4f}, theirs {cosines[1]:.4f}")
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-3)
     x = world.sample(10, evaluation_generator(0))
     assert torch.allclose(x.x, theirs(x.codes), atol=2e-2)
 
@@ -104,8 +107,8 @@ def test_features_fire_as_often_and_as_strongly(codes):
     l0 = [float((c > 0).sum(1).double().mean()) for c in (ours, theirs)]
     l0_256 = [float((c[:, :256] > 0).sum(1).double().mean()) for c in (ours, theirs)]
     sizes = [float(c[c > 0].double().mean()) for c in (ours, theirs)]
-    print(f"L0 {l0}, of the first 256 {l0_256}, mean magnitude {sizes}")  # noqa: T201
-    print(f"rates apart: mean square {float(apart.square().mean()):.3f} standard errors")  # noqa: T201
+    show(f"L0 {l0}, of the first 256 {l0_256}, mean magnitude {sizes}")
+    show(f"rates apart: mean square {float(apart.square().mean()):.3f} standard errors")
     assert l0[0] == pytest.approx(l0[1], rel=0.01)
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
     often = rates(theirs) * N > 100
@@ -121,8 +124,8 @@ def test_features_fire_together_as_often(world: World, codes):
     common = slice(0, 200)
     a, b = (firing_correlation(c[:, common]) for c in (ours, theirs))
     apart = float((a - b).square().mean().sqrt()) * (N / 2) ** 0.5
-    print(
-        f"correlations of what fires: rms {float(a.square().mean().sqrt()):.4f} "  # noqa: T201
+    show(
+        f"correlations of what fires: rms {float(a.square().mean().sqrt()):.4f} "
         f"and {float(b.square().mean().sqrt()):.4f}, apart {apart:.3f} standard errors"
     )
     assert apart < 1.2

@@ -52,10 +52,8 @@ def test_every_field_is_exercised():
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "name"])
 def test_each_setting_changes_the_samples(name: str):
-    before, after = drawn(SMALL), drawn(SMALL | {name: CHANGES[name]})
-    changed = [
-        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)
-    ]
+    pairs = zip(drawn(small_config()), drawn(small_config(**{name: CHANGES[name]})), strict=True)
+    changed = [a.shape != b.shape or not torch.equal(a, b) for a, b in pairs]
     assert changed[0]
     is_geometry = name in ("directions", "orthogonal_steps", "orthogonal_lr", "bias_norm", "d_in")
     assert changed[1] != is_geometry

@@ -27,7 +27,7 @@ def test_five_features_in_two_dimensions(sparsity: float, n_kept: int, share: fl
     is_kept = norms > 0.5
     assert int(is_kept.sum()) == n_kept
     assert is_kept[:n_kept].all()  # the most important ones
-    assert (feature_dimensionality(toy.weight)[is_kept] - share).abs().max() < 0.08
+    assert (feature_dimensionality(toy.weight)[is_kept] - share).abs().max() < 0.1
     unit = toy.weight[:, is_kept] / norms[is_kept]
     cosines = unit.T @ unit
     if n_kept == 4:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TrueDictionary:
     """The true directions of some features, with their true codes.
 
-    Codes do not follow from x: `evaluate_on_world` sets `given` (n, n_features) before each batch.
+    Codes do not follow from x: `evaluate_on_world` shows them before each batch.
 
     Args:
         features: (m) int64, which features; see `frequent_features`.
@@ -29,18 +29,22 @@ class TrueDictionary:
         self.features = features.to(world.directions.device)
         self.W_dec, self.b_dec = world.directions[self.features], world.bias
         self.d_sae, self.d_in = self.W_dec.shape
-        self.given = self.W_dec.new_zeros(0, world.n_features)
+        self._given = self.W_dec.new_zeros(0, world.n_features)
+
+    def see(self, codes: Tensor) -> None:
+        """Take the true codes (n, n_features) of the rows that are evaluated next."""
+        self._given = codes
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the true codes (n, m) of the rows that are being evaluated.
 
-        Errors: RuntimeError where `given` is not of as many rows as x.
+        Errors: RuntimeError where the codes seen last are not of as many rows as x.
         """
-        if len(self.given) != len(x):
+        if len(self._given) != len(x):
             raise RuntimeError(
-                f"true codes must be given for the {len(x)} rows; they are for {len(self.given)}."
+                f"true codes must be given for the {len(x)} rows; they are for {len(self._given)}."
             )
-        return self.given[:, self.features]
+        return self._given[:, self.features]
 
     def decode(self, dense: Tensor) -> Tensor:
         """Return x_hat (n, d_in)."""
@@ -77,6 +81,11 @@ class ShuffledCodes:
     def __init__(self, coder: Any, d_sae: int) -> None:
         self.coder, self.W_dec = coder, coder.W_dec
         self.d_sae, self.d_in = d_sae, coder.W_dec.shape[1]
+
+    def see(self, codes: Tensor) -> None:
+        """Pass true codes on to a dictionary that takes them."""
+        if hasattr(self.coder, "see"):
+            self.coder.see(codes)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (n, d_sae)."""

@@ -13,7 +13,6 @@ from sae.config import EvalName
 from sae.evals.evaluable import Evaluable
 from sae.evals.ground_truth import Truth, TruthBatch
 from sae.evals.interface import EvalSetup
-from sae.evals.nulls import TrueDictionary
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, checked_names
 from sae.evals.results import EvalResults, plain_json
@@ -116,8 +115,8 @@ class _Walk:
         """Feed rows x (n, d_in) with codes (n, n_features), numbered from `first`."""
         numbers = torch.arange(first, first + len(x), device=x.device)
         for rows in self.coder.chunks(len(x)):
-            if isinstance(self.coder.coder, TrueDictionary):
-                self.coder.coder.given = codes[rows]
+            if hasattr(self.coder.coder, "see"):
+                self.coder.coder.see(codes[rows])
             with self.clock.timed("coder"):
                 latents, x_hat = self.coder.encode_decode(x[rows])
             tokens = torch.zeros_like(numbers[rows])

@@ -74,9 +74,8 @@ def evaluate(
     capture = Capture(lm, hookpoint, first, max_norm)
     ready = Evaluable(coder, capture.d_in, capture.place)
     setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples)
-    on_activations, on_model = (
-        start_evals(names, reads, setup) for reads in ("activations", "model")
-    )
+    on_activations = start_evals(names, "activations", setup)
+    on_model = start_evals(names, "model", setup)
     clock = Clock()
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0

@@ -34,6 +34,7 @@ def metrics(world: ToyWorld) -> dict[str, dict]:
         "trained": trained,
         "random": RandomDirections(world.bias, 12, 4),
         "shuffled": ShuffledCodes(trained, 12),
+        "truth, shuffled": ShuffledCodes(TrueDictionary(world, top), 12),
         "permuted": Linear(world, near, near.roll(1, 0)),
     }
     return {
@@ -57,6 +58,7 @@ def test_the_truth_is_perfect(metrics):
         ("f1", ("truth", "trained", "random")),
         ("f1", ("trained", "shuffled")),
         ("f1", ("trained", "permuted")),
+        ("f1", ("truth", "truth, shuffled")),
         ("f1_act", ("truth", "trained", "random")),
         ("f1_act", ("trained", "shuffled")),
         ("code_mcc", ("truth", "trained", "random", "shuffled")),

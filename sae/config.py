@@ -21,7 +21,7 @@ BosName = Literal["document", "context", "none"]
 ContentName = Literal["text", "chat", "tokens"]
 ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-EvalName = Literal["reconstruction", "sparsity", "downstream"]
+EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
@@ -731,11 +731,12 @@ class TrainConfig:
 class EvalConfig:
     """What `sae eval` measures."""
 
-    evals: tuple[EvalName, ...] = ("reconstruction", "sparsity", "downstream")
-    """The evaluations to run."""
+    evals: tuple[EvalName, ...] | None = None
+    """The evaluations to run; None: all that apply, ground_truth where there is a world, downstream
+    where there is a model."""
 
     tokens: int = 65_536
-    """Held-out tokens for reconstruction and sparsity."""
+    """Held-out tokens for reconstruction and sparsity; on a world, its samples."""
 
     downstream_tokens: int = 16_384
     """Held-out tokens for the language model's loss with the dictionary spliced in."""

@@ -21,7 +21,7 @@ from torch import Tensor
 import sae
 from sae.coder import SparseCoder, save_dictionary
 from sae.config import CoderConfig
-from sae.configuration import from_flat
+from sae.configuration import from_command_line, from_flat
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
 from sae.evals.on_world import frequent_features
 from sae.train.distributed import make_accelerator
@@ -29,6 +29,7 @@ from sae.train.run import resolve, with_world
 from sae.train.trainer import train_coder
 from sae.worlds import World, WorldSource
 
+from . import machine
 from .rows import Absent
 
 BASE: dict[str, Any] = {
@@ -40,16 +41,15 @@ BASE: dict[str, Any] = {
     "train.decay_fraction": 0.0,
     "train.log_every_steps": 1000,
 }
-# Dotted settings over BASE. A recipe that this version has no settings for is refused in its row.
-RECIPES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "topk, decay": {"train.decay_fraction": 0.33},
-    "relu": {"coder.activation": "relu"},
-    "batchtopk": {"coder.activation": "batchtopk"},
-    "jumprelu": {"coder.activation": "jumprelu"},
-    "gated": {"coder.activation": "gated"},
-    "matching_pursuit": {"coder.activation": "matching_pursuit"},
-}
+# A recipe of ours is a configuration in configs/worlds, named after its file.
+CONFIGS = machine.ROOT / "configs" / "worlds"
+RECIPES = tuple(
+    sorted(
+        path.stem
+        for path in CONFIGS.glob("*.yaml")
+        if path.stem not in ("matryoshka_toy", "toy_model", "synth_16k")
+    )
+)
 PEERS = ("sae-lens batchtopk", "sae-lens matryoshka")
 NULLS = ("oracle", "frozen random decoder", "random directions", "oracle, codes shuffled")
 MATRYOSHKA_SHARES = (128, 512, 2048, 4096)  # of 4096, as the benchmark's own widths
@@ -59,7 +59,7 @@ MATRYOSHKA_SHARES = (128, 512, 2048, 4096)  # of 4096, as the benchmark's own wi
 class Task:
     """One run: a world, how many samples, the seed, and what all share.
 
-    base: dotted settings of all runs, RECIPES over it.
+    base: the size of the dictionary, and what trainers without a configuration of ours train with.
     """
 
     world: World
@@ -122,12 +122,12 @@ def train(recipe: str, task: Task) -> Trained:
         "sae-lens batchtopk": lambda task: _sae_lens(task, is_matryoshka=False),
         "sae-lens matryoshka": lambda task: _sae_lens(task, is_matryoshka=True),
     }
-    return makers[recipe](task) if recipe in makers else _ours(RECIPES[recipe], task)
+    return makers[recipe](task) if recipe in makers else _ours(CONFIGS / f"{recipe}.yaml", task)
 
 
-def _ours(overrides: dict[str, Any], task: Task) -> Trained:
+def _ours(config: Path, task: Task) -> Trained:
     fixed = {"train.tokens": task.samples, "run.seed": task.seed, "run.device": "cpu"}
-    cfg = with_world(from_flat({**task.base, **overrides, **fixed}))
+    cfg = with_world(from_flat(fixed, from_command_line([str(config)], "bench_worlds")))
     cfg = replace(cfg, world=task.world.cfg)
     timed = TimedWorld(task.world)
     accelerator = make_accelerator(cfg.run, cfg.train)
@@ -139,7 +139,7 @@ def _ours(overrides: dict[str, Any], task: Task) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         save_dictionary(coder, Path(folder) / "final")
         loaded = sae.load(Path(folder) / "final")
-    facts = {"settings": overrides, "step": cfg.train.step}
+    facts = {"config": f"{CONFIGS.name}/{config.name}", "step": cfg.train.step}
     return Trained(loaded, seconds - timed.seconds, timed.seconds, facts)
 
 

@@ -72,7 +72,7 @@ def test_each_setting_changes_the_outcome(
 def test_the_rate_of_the_running_threshold_changes_where_it_ends(activations: torch.Tensor):
     slow, fast = (fit(activations, **BATCHTOPK, threshold_rate=rate) for rate in (0.01, 0.5))
     assert torch.equal(slow.W_dec, fast.W_dec)
-    assert float(slow.threshold[0]) < float(fast.threshold[0])
+    assert float(slow.threshold[0]) != float(fast.threshold[0])
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "matryoshka_gated"])

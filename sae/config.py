@@ -24,6 +24,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
+OptimizerName = Literal["adam", "muon", "signum"]
+DecayName = Literal["linear", "cosine", "none"]
 NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
 SparsityLossName = Literal["l1", "p_norm", "tanh", "step", "quadratic"]
 TrackerName = Literal["wandb", "tensorboard"]
@@ -465,6 +467,10 @@ class CoderConfig:
     aux_coefficient: float = 0.03125
     """Weight of AuxK's share of unexplained residual."""
 
+    dead_penalty: float = 0.0
+    """Weight of the pre-activation loss, by which dead latents rise to their thresholds (jumprelu,
+    relu, gated); 0: none."""
+
     b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     """What b_dec starts from, computed on the calibration sample."""
 
@@ -493,6 +499,7 @@ class CoderConfig:
         for name in (
             "sparsity_coefficient",
             "aux_coefficient",
+            "dead_penalty",
             "multi_k_coefficient",
             "k_aux",
             "random_prefixes",
@@ -549,6 +556,7 @@ ONLY_FOR = {
     "sparsity_coefficient": tuple(SPARSITY_LOSSES),
     "target_l0": tuple(SPARSITY_LOSSES),
     "ste_to_encoder": ("jumprelu",),
+    "dead_penalty": tuple(SPARSITY_LOSSES),
     "refine_step": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
     "k_aux": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
 }
@@ -635,8 +643,12 @@ class TrainConfig:
     grad_accumulation_steps: int = 1
     """Backward passes that share one optimiser step; batch_tokens is divided among them."""
 
+    optimizer: OptimizerName = "adam"
+    """What turns gradients into updates: adam; muon, which orthogonalises a matrix's momentum, with
+    Adam for vectors; signum, schedule-free sign descent, whose average is the dictionary."""
+
     lr: float | None = None
-    """Peak learning rate of Adam; None: derived from d_sae and the number of steps."""
+    """Peak learning rate; None: derived from the optimizer, d_sae and the number of steps."""
 
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates for the first and second moment."""
@@ -645,14 +657,37 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises linearly from 0 to lr."""
 
     decay_fraction: float = 0.3
-    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+
+    lr_decay: DecayName | None = None
+    """How the learning rate falls over decay_fraction; none holds it. None: linear, and none for
+    signum, which averages in its place."""
+
+    k_start: int | None = None
+    """Active latents a token at the first step, from where they go linearly to `coder.k` (topk,
+    batchtopk, matching_pursuit); None: `coder.k` from the start."""
+
+    k_anneal_fraction: float = 0.1
+    """Share of the steps, at the start, over which k goes from k_start to `coder.k`."""
+
+    sparsity_warmup_fraction: float = 0.0
+    """Share of the steps, at the start, over which the sparsity loss's weight rises linearly from
+    0 (relu, gated, jumprelu)."""
+
+    p_end: float | None = None
+    """Exponent of the p_norm loss at the last step, in (0, 1], to which it falls linearly from 1
+    once the warm-ups are over; None: 1 throughout."""
+
+    ema_decay: float | None = None
+    """Decay a step of a moving average of the weights, in [0, 1), which is then saved as the
+    dictionary; None: the weights themselves are."""
 
     grad_clip_norm: float | None = None
     """Largest global norm of the gradient; None does not clip."""
 
     adam_moments: MomentFormat = "fp32"
     """What Adam keeps of a weight's gradients: 8, 4 or 2 bytes a weight; bf16 and 8bit round
-    stochastically and need the fused step."""
+    stochastically."""
 
     step: Literal["auto", "fused", "autograd"] = "auto"
     """How a training step is computed: fused does no more than the maths needs, autograd trains
@@ -668,6 +703,14 @@ class TrainConfig:
 
     dead_refresh_steps: int = 10
     """Steps between updates of the list of dead latents that AuxK trains."""
+
+    resample_every_tokens: int | None = None
+    """Tokens between resamplings, which give dead latents the directions of badly reconstructed
+    activations; None: never."""
+
+    resample_until_fraction: float = 0.5
+    """Share of the steps after which nothing is resampled, so that all latents have time to learn;
+    in (0, 1]."""
 
     log_every_steps: int = 10
     """Steps between rows of metrics.jsonl; the only time that metrics are read from the device."""
@@ -692,6 +735,10 @@ class TrainConfig:
             "grad_clip_norm",
             "dead_after_tokens",
             "dead_refresh_steps",
+            "k_start",
+            "p_end",
+            "resample_every_tokens",
+            "resample_until_fraction",
             "log_every_steps",
             "checkpoint_every_steps",
             "keep_checkpoints",
@@ -711,12 +758,40 @@ class TrainConfig:
             "Use 0.9 and 0.999.",
         )
         _require(
-            self.step != "autograd" or self.adam_moments == "fp32",
+            self.optimizer == "adam" or self.adam_moments == "fp32",
             "train.adam_moments",
-            "must be fp32 where train.step is autograd",
+            f"must be fp32 where train.optimizer is {self.optimizer}",
             self.adam_moments,
-            "Use `train.step: fused`, or fp32.",
+            "Use `train.optimizer: adam`, or fp32.",
         )
+        _require(
+            self.optimizer == "adam" or self.step != "fused",
+            "train.step",
+            f"must be autograd where train.optimizer is {self.optimizer}",
+            self.step,
+            "Use `train.step: autograd`, or adam.",
+        )
+        _require(
+            self.ema_decay is None or (0 <= self.ema_decay < 1 and self.optimizer != "signum"),
+            "train.ema_decay",
+            "must be in [0, 1), and left out for signum, whose dictionary is an average already",
+            self.ema_decay,
+            "Use 0.999, with adam or muon.",
+        )
+        for name in (
+            "k_anneal_fraction",
+            "sparsity_warmup_fraction",
+            "resample_until_fraction",
+            "p_end",
+        ):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= 1,
+                f"train.{name}",
+                "must be in [0, 1]",
+                value,
+                "Give a share of 1.",
+            )
         shares = (self.warmup_fraction, self.decay_fraction)
         _require(
             min(shares) >= 0 and sum(shares) <= 1,
@@ -798,3 +873,35 @@ class Config:
             self.stream.normalisation,
             "Use mean_norm.",
         )
+        _require_schedules_fit(self)
+
+
+def _require_schedules_fit(cfg: Config) -> None:
+    """Refuse schedules of what the coder does not have."""
+    train, coder = cfg.train, cfg.coder
+    _require(
+        train.k_start is None or coder.activation in HAVE_K,
+        "train.k_start",
+        f"is a setting of {', '.join(HAVE_K)}",
+        coder.activation,
+        "Leave it out or choose one of these as `coder.activation`.",
+    )
+    if train.k_start is not None and coder.d_sae is not None and train.k_start > coder.d_sae:
+        raise ValueError(
+            "`train.k_start` must be in [1, `coder.d_sae`]; got "
+            f"k_start={train.k_start}, d_sae={coder.d_sae}. Lower it or raise `coder.d_sae`."
+        )
+    _require(
+        not train.sparsity_warmup_fraction or coder.activation in SPARSITY_LOSSES,
+        "train.sparsity_warmup_fraction",
+        f"is a setting of {', '.join(SPARSITY_LOSSES)}",
+        coder.activation,
+        "Leave it out, or use `train.k_start`.",
+    )
+    _require(
+        train.p_end is None or coder.sparsity_loss == "p_norm",
+        "train.p_end",
+        "needs `coder.sparsity_loss: p_norm`",
+        coder.sparsity_loss,
+        "Leave it out or choose that loss.",
+    )

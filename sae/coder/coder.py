@@ -97,6 +97,11 @@ class SparseCoder(nn.Module):
         """Whether encoder and decoder are one matrix."""
         return self.cfg.activation == "matching_pursuit"
 
+    @property
+    def decoder_name(self) -> str:
+        """The name of the decoder's parameter."""
+        return "W_enc" if self.is_tied else "W_dec"
+
     @classmethod
     def create(
         cls,
@@ -262,7 +267,12 @@ def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
 def normalise_decoder_(coder: SparseCoder) -> None:
     """Set every decoder row to unit norm, in place."""
     with torch.no_grad():
-        coder.W_dec.div_(coder.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        unit_rows_(coder.W_dec)
+
+
+def unit_rows_(rows: Tensor) -> None:
+    """Set every row of (n, d) to unit norm, in place."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def project_decoder_gradient_(coder: SparseCoder) -> None:

@@ -4,6 +4,7 @@ reconstruction  see `reconstruction.py`
 sparsity        see `sparsity.py`
 gate          = Σ‖x − gate_hat‖² / (n · variance), gate_hat from the open gates' own strength
 auxk          = Σ‖residual − aux_hat‖² / Σ‖residual‖², aux_hat from the strongest dead latents
+dead_penalty    see `dead_penalty.py`
 
 To add one: a function here and a row in LOSSES, its name in the activations that use it.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 import sae_kernels
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.coder import SparseCoder
+from sae.coder.dead_penalty import pre_act_loss
 from sae.coder.latents import Latents, SparseCode
 from sae.coder.sparsity import sparsity_loss
 from sae.coder.step_values import StepValues
@@ -140,6 +142,7 @@ LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "gate": gate_loss,
     "multi_topk": multi_topk_loss,
     "auxk": auxk_loss,
+    "dead_penalty": pre_act_loss,
 }
 
 
@@ -149,7 +152,8 @@ def extra_losses(inputs: LossInputs) -> dict[str, Tensor]:
 
 
 def extra_loss_names(cfg: CoderConfig) -> tuple[str, ...]:
-    """Return which losses a coder trains with besides reconstruction: those of its activation, AuxK
-    where it has a `k_aux`, and the wider code's where it has one."""
+    """Return which losses a coder trains with besides reconstruction: those of its activation, and
+    those that it has a setting for."""
     names = tuple(name for name in ACTIVATIONS[cfg.activation].losses if name != "auxk")
-    return (*names, *(["auxk"] if cfg.k_aux else []), *(["multi_topk"] if cfg.multi_k else []))
+    on_demand = {"auxk": cfg.k_aux, "multi_topk": cfg.multi_k, "dead_penalty": cfg.dead_penalty}
+    return (*names, *(name for name, setting in on_demand.items() if setting))

@@ -1,13 +1,16 @@
-"""Adam's moments of every parameter of a coder: one set of tensors, whichever step uses them."""
+"""Adam, over moments that both training steps use."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 import sae_kernels
 from sae.coder import SparseCoder
 from sae.config import MomentFormat
+
+EPS = 1e-8
 
 
 class AdamState:
@@ -17,10 +20,20 @@ class AdamState:
     here: it is the trainer's.
     """
 
-    def __init__(self, coder: SparseCoder, moment_format: MomentFormat):
+    def __init__(
+        self,
+        coder: SparseCoder,
+        moment_format: MomentFormat = "fp32",
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        only: tuple[str, ...] | None = None,
+    ):
+        """Begin with zero moments of all parameters, or of those named in `only`."""
+        self.betas = betas
         self.moments = {
             name: sae_kernels.new_moments(p.detach(), moment_format if p.ndim == 2 else "fp32")
             for name, p in coder.named_parameters()
+            if only is None or name in only
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -32,18 +45,59 @@ class AdamState:
                 named |= {f"{name}.exp_avg_scale": m_scale, f"{name}.exp_avg_sq_scale": v_scale}
         return named
 
-    def optimizer(
-        self, coder: SparseCoder, *, steps_done: int, betas: tuple[float, float]
-    ) -> torch.optim.Adam:
-        """Return torch's Adam over these moments, which must be float32, after `steps_done` steps.
+    def averages(self) -> dict[str, Tensor]:
+        """Return nothing: the weights themselves are the dictionary."""
+        return {}
 
-        Its learning rate is set before each step.
-        """
-        optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, betas=betas, fused=True)
-        for name, parameter in coder.named_parameters():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps_done), device=parameter.device),
-                "exp_avg": self.moments[name].m,
-                "exp_avg_sq": self.moments[name].v,
-            }
-        return optimizer
+    @torch.no_grad()
+    def step_(self, coder: SparseCoder, lr: float, number: int) -> None:
+        """Take step `number`, from 1, by the gradients that the parameters hold."""
+        parameters = {
+            name: p
+            for name, p in coder.named_parameters()
+            if p.grad is not None and name in self.moments
+        }
+        wide = [n for n in parameters if self.moments[n].m.dtype == torch.float32]
+        self._torch_step([parameters[n] for n in wide], [self.moments[n] for n in wide], lr, number)
+        beta1, beta2 = self.betas
+        for name in parameters.keys() - set(wide):
+            weight = parameters[name]
+            scalars = sae_kernels.adam_scalars(
+                lr, number, weight.device, beta1=beta1, beta2=beta2, eps=EPS
+            )
+            assert weight.grad is not None
+            sae_kernels.adam_step_(weight.detach(), weight.grad, self.moments[name], scalars)
+
+    def _torch_step(
+        self,
+        parameters: list[torch.nn.Parameter],
+        moments: list[sae_kernels.Moments],
+        lr: float,
+        number: int,
+    ) -> None:
+        """Take a step of torch's fused Adam: one pass over all tensors."""
+        beta1, beta2 = self.betas
+        adam(
+            [p.detach() for p in parameters],
+            [p.grad for p in parameters if p.grad is not None],
+            [moment.m for moment in moments],
+            [moment.v for moment in moments],
+            [],
+            # The steps before this one; torch adds one to each.
+            [torch.tensor(number - 1.0, device=p.device) for p in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
+
+    def reset_latents_(self, _: SparseCoder, latents: Tensor) -> None:
+        """Forget the gradients of these latents, after their weights were replaced."""
+        for name, moments in self.moments.items():
+            if name != "b_dec":
+                moments.m[latents], moments.v[latents] = 0, 0
+                moments.m_scale[latents], moments.v_scale[latents] = 1, 1

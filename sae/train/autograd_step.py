@@ -52,15 +52,12 @@ class TrainingModule(nn.Module):
 
 
 class AutogradStep:
-    """Backward passes, projection, clipping, torch's Adam and renormalisation."""
+    """Backward passes, projection, clipping, the optimiser's update and renormalisation."""
 
     def __init__(self, cfg: Config, state: TrainState, accelerator: Accelerator):
         self.cfg, self.state, self.accelerator = cfg, state, accelerator
         self.module = accelerator.prepare_model(
             TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
-        )
-        self.optimizer = state.adam.optimizer(
-            state.coder, steps_done=state.step, betas=cfg.train.adam_betas
         )
 
     def __call__(
@@ -68,16 +65,17 @@ class AutogradStep:
     ) -> None:
         """Train on the micro-batches of one step."""
         values = values or StepValues.fixed(self.state.coder.cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self._accumulate_gradients(inputs, values)
         coder = self.state.coder
         project_decoder_gradient_(coder)
         if self.cfg.train.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(coder.parameters(), self.cfg.train.grad_clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimiser.step_(coder, lr, self.state.step + 1)
+        coder.zero_grad(set_to_none=True)
         normalise_decoder_(coder)
+
+    def weights_changed(self) -> None:
+        """Do nothing: this step keeps no copies of weights."""
 
     def _accumulate_gradients(self, inputs: Iterable[Tensor], values: StepValues) -> None:
         """Add up the gradients of the micro-batches, and what the log and AuxK count."""

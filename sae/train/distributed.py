@@ -138,6 +138,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x.clone()) / world_size
 
 
+def gathered_rows(x: Tensor) -> Tensor:
+    """Return the rows of `x` (n, …), n the same everywhere, of all processes, by their number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def max_over_ranks(x: Tensor) -> Tensor:
     """Return the elementwise maximum of `x` over all processes."""
     if dist.is_initialized() and dist.get_world_size() > 1:

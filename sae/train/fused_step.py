@@ -31,10 +31,11 @@ from sae.coder.latents import SparseCode
 from sae.coder.losses import LossInputs, auxk_gradients, extra_loss_names
 from sae.coder.step_values import StepValues
 from sae.config import Config
+from sae.train.adam import AdamState
 from sae.train.capture import Captured
 from sae.train.distributed import mean_over_ranks
 from sae.train.state import TrainState
-from sae_kernels import AdamScalars, Code, Dictionary, Gradients, Ragged, RowGradients
+from sae_kernels import AdamScalars, Code, Dictionary, Gradients, Moments, Ragged, RowGradients
 
 # A captured step knows one length of the list of dead latents: it is filled up to a power of two.
 SHORTEST_DEAD_LIST = 64
@@ -77,7 +78,9 @@ class FusedStep:
             coder.W_dec.detach().bfloat16() if is_bf16 and device.type != "cpu" else None,
             sae_kernels.new_scratch(*scratch) if device.type == "cpu" else None,
         )
-        self.dictionary = dictionary_of(self.coder, state)
+        assert isinstance(state.optimiser, AdamState), "`steps.resolve_step` sees to it"
+        self.moments = state.optimiser.moments
+        self.dictionary = dictionary_of(self.coder, self.moments)
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)  # of the step, from 1
         self.dead = DeadList(state, is_padded=device.type == "cuda")
@@ -99,10 +102,18 @@ class FusedStep:
         (x,) = inputs
         # What else schedules say is for losses that autograd trains.
         read = StepValues(k=values.k, prefixes=values.prefixes)
-        if self.cfg.coder.random_prefixes:  # others at each step: a graph would be used once
+        is_passing = bool(self.cfg.coder.random_prefixes) or values.k != self.cfg.coder.k
+        if is_passing:  # others soon: a graph would be used once, or a few times
             self._step(x, self.dead.indices(), given=read)
         else:
             self.captured(x, self.dead.indices(), given=read)
+
+    def weights_changed(self) -> None:
+        """Make the 16-bit copies of the weights anew, where they are."""
+        if self.coder.enc_shadow is not None:
+            self.coder.enc_shadow.copy_(self.coder.W_enc.detach())
+        if self.coder.dec_shadow is not None:
+            self.coder.dec_shadow.copy_(self.coder.W_dec.detach())
 
     def _step(self, x: Tensor, dead_indices: Tensor, *, given: StepValues) -> None:
         """Train on one batch without storing a gradient."""
@@ -207,7 +218,7 @@ class FusedStep:
     def _update_others(self, gradients: Mapping[str, Tensor], scalars: AdamScalars) -> None:
         for name, gradient in gradients.items():
             parameter = self.coder.get_parameter(name).detach()
-            sae_kernels.adam_step_(parameter, gradient, self.state.adam.moments[name], scalars)
+            sae_kernels.adam_step_(parameter, gradient, self.moments[name], scalars)
 
     def _scalars(self) -> AdamScalars:
         beta1, beta2 = self.cfg.train.adam_betas
@@ -235,9 +246,8 @@ class DeadList:
         return self._padded
 
 
-def dictionary_of(coder: SparseCoder, state: TrainState) -> Dictionary:
+def dictionary_of(coder: SparseCoder, moments: Mapping[str, Moments]) -> Dictionary:
     """Return the tensors that the update writes, as views of the coder's and of Adam's."""
-    moments = state.adam.moments
     return Dictionary(
         coder.W_enc.detach(),
         coder.W_dec.detach(),

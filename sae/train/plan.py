@@ -91,6 +91,7 @@ REMEDIES = {
     "shuffle buffer": "Lower `stream.buffer_tokens`.",
     "coder": "Lower `coder.d_sae`.",
     "optimiser": "Set `train.adam_moments: 8bit`, or lower `coder.d_sae`.",
+    "average": "Leave out `train.ema_decay`, or lower `coder.d_sae`.",
     "work and libraries": "Lower `stream.sequences_per_forward` or `train.batch_tokens`.",
     "checkpoint": "Lower `coder.d_sae`.",
 }
@@ -183,7 +184,8 @@ def memory_parts(
         "model": source.model_bytes(device),
         "shuffle buffer": buffer_bytes(cfg, source) if on(device, source) else 0,
         "coder": sum(t.nbytes for t in state.coder.state_dict().values()),
-        "optimiser": sum(t.nbytes for t in state.adam.tensors().values()),
+        "optimiser": sum(t.nbytes for t in state.optimiser.tensors().values()),
+        "average": sum(t.nbytes for t in state.ema.tensors.values()) if state.ema else 0,
     }
     small = sum(
         tensor.nbytes
@@ -195,7 +197,9 @@ def memory_parts(
     now, most = in_use(device), peak(device)
     parts["work and libraries"] = max(0, most - known)
     if device.type == "cpu":
-        extra = int(CHECKPOINT_COPIES * parts["coder"]) - (most - now)
+        # Where averages are kept, they pass through a coder of their own.
+        copies = CHECKPOINT_COPIES + bool(state.averages())
+        extra = int(copies * parts["coder"]) - (most - now)
         parts["checkpoint"] = max(0, extra)
     if loading > sum(parts.values()):
         parts["loading the model"] = loading - sum(parts.values())

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder
+from sae.coder import SparseCoder, normalise_decoder_
 from sae.stream.normalisation import Normaliser
 from sae.stream.source import ActivationSource
-from sae.train.adam import AdamState
 from sae.train.dead import DeadLatents
+from sae.train.ema import Ema
 from sae.train.metrics import MetricSums
+from sae.train.optimisers import Optimiser
 
 LAST_FIRED = "dead.last_fired_at"
 
@@ -43,13 +44,14 @@ class TrainState:
     """The loop's state: a finished step more is all that one turn of the loop adds to it."""
 
     coder: SparseCoder
-    adam: AdamState
+    optimiser: Optimiser
     dead: DeadLatents
     metrics: MetricSums
     source: ActivationSource
     calibration: Calibration
     batch_tokens: int
     step: int = 0
+    ema: Ema | None = None
 
     @property
     def tokens_seen(self) -> int:
@@ -58,9 +60,26 @@ class TrainState:
 
     def raw_coder(self) -> SparseCoder:
         """Return a copy of the coder that works on raw activations: what is saved."""
-        raw = self.calibration.normaliser.to_raw_units(self.coder)
+        raw = self.calibration.normaliser.to_raw_units(self._kept())
         raw.metadata["sae_training_tokens"] = self.tokens_seen
         return raw
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """Return the weights to keep by parameter name, where they are not those that train."""
+        return self.ema.tensors if self.ema else self.optimiser.averages()
+
+    def _kept(self) -> SparseCoder:
+        """Return the coder to keep: the one that trains, or another with the averages."""
+        averages = self.averages()
+        if not averages:
+            return self.coder
+        kept = SparseCoder(self.coder.d_in, self.coder.cfg, self.coder.metadata)
+        kept.load_state_dict(self.coder.state_dict())
+        with torch.no_grad():
+            for name, average in averages.items():
+                kept.get_parameter(name).copy_(average)
+        normalise_decoder_(kept)
+        return kept.to(self.coder.b_dec.device)
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that is plain numbers."""
@@ -71,7 +90,11 @@ class TrainState:
         normaliser = self.calibration.normaliser.tensors()
         return {
             **{f"coder.{name}": value for name, value in coder_tensors(self.coder).items()},
-            **{f"adam.{name}": value for name, value in self.adam.tensors().items()},
+            **{f"optimiser.{name}": value for name, value in self.optimiser.tensors().items()},
+            **{
+                f"ema.{name}": value
+                for name, value in (self.ema.tensors if self.ema else {}).items()
+            },
             **{f"normaliser.{name}": value for name, value in normaliser.items()},
             "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,

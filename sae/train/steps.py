@@ -35,6 +35,10 @@ class Step(Protocol):
         """
         ...
 
+    def weights_changed(self) -> None:
+        """Take note that weights were changed between two steps."""
+        ...
+
 
 STEPS: dict[str, Callable[[Config, TrainState, Accelerator], Step]] = {
     "fused": FusedStep,
@@ -53,24 +57,21 @@ def make_step(cfg: Config, state: TrainState, accelerator: Accelerator) -> Step:
 def resolve_step(cfg: Config) -> Config:
     """Return `cfg` with `train.step` chosen; warn where auto could not choose the fused one.
 
-    Errors: ValueError where the fused step is asked for, or needed, and cannot train the coder.
+    Errors: ValueError where the fused step is asked for and cannot train the coder.
     """
     asked, obstacle = cfg.train.step, _obstacle(cfg)
     if asked == "auto":
-        if obstacle and cfg.train.adam_moments == "fp32" and is_first_process():
+        if obstacle and is_first_process():
             warnings.warn(
                 f"The fused training step does not train {obstacle}; falling back to autograd, "
                 "which is slower. Set `train.step: autograd` to say so yourself.",
                 stacklevel=2,
             )
-        asked = "autograd" if obstacle and cfg.train.adam_moments == "fp32" else "fused"
+        asked = "autograd" if obstacle else "fused"
     if asked == "fused" and obstacle:
-        wanted = "train.step: fused"
-        if cfg.train.step == "auto":
-            wanted = f"train.adam_moments: {cfg.train.adam_moments}"
         raise ValueError(
-            f"`{wanted}` needs a coder that the fused step trains; got {obstacle}. Set "
-            "`train.step: autograd` and `train.adam_moments: fp32`, or choose one of "
+            f"`train.step: fused` needs what the fused step trains; got {obstacle}. Set "
+            "`train.step: autograd`, or choose adam and one of "
             f"{', '.join(name for name, row in ACTIVATIONS.items() if row.backward)}."
         )
     return replace(cfg, train=replace(cfg.train, step=asked))
@@ -78,6 +79,8 @@ def resolve_step(cfg: Config) -> Config:
 
 def _obstacle(cfg: Config) -> str | None:
     """Return the setting that the fused step cannot train with, or None."""
+    if cfg.train.optimizer != "adam":
+        return f"`train.optimizer: {cfg.train.optimizer}`"
     if ACTIVATIONS[cfg.coder.activation].backward is None:
         return f"`coder.activation: {cfg.coder.activation}`"
     for name in ONLY_BY_AUTOGRAD:

@@ -22,12 +22,14 @@ from sae.coder.losses import extra_loss_names
 from sae.config import Config
 from sae.stream.normalisation import Normaliser, PooledSample
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
-from sae.train.adam import AdamState
+from sae.train import resampling
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
 from sae.train.dead import DeadLatents
 from sae.train.distributed import sum_over_ranks
+from sae.train.ema import Ema
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.metrics import MetricSums
+from sae.train.optimisers import OPTIMISERS
 from sae.train.progress import TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
 from sae.train.state import Calibration, TrainState
@@ -85,9 +87,15 @@ def train_coder(
                 break
 
             # ---- one training step ----
-            values = values_at(state.step, cfg)
-            step(_inputs(cfg, state, accelerator), lr_at(state.step, cfg.train), values)
+            inputs = _inputs(cfg, state, accelerator)
+            if resampling.is_due(state.step, cfg):  # behind the save: a resumed run does it again
+                inputs = list(inputs)
+                resampling.resample_(state, torch.cat(inputs), cfg.run.seed)
+                step.weights_changed()
+            step(inputs, lr_at(state.step, cfg.train), values_at(state.step, cfg))
             state.step += 1
+            if state.ema is not None:
+                state.ema.update_(state.coder, state.step)
 
     if stop_signal:
         raise _stopped(stop_signal, folder, saved_step)
@@ -109,17 +117,19 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
     assert cfg.coder.k_aux is not None
     return TrainState(
         coder=coder,
-        adam=AdamState(coder, cfg.train.adam_moments),
+        optimiser=OPTIMISERS[cfg.train.optimizer](coder, cfg.train),
         dead=DeadLatents(
             coder.d_sae,
             dead_after_tokens=cfg.train.dead_after_tokens,
-            k_aux=cfg.coder.k_aux,
+            # The penalty is for all dead latents, AuxK for a few times as many as it chooses.
+            k_aux=coder.d_sae if cfg.coder.dead_penalty else cfg.coder.k_aux,
             device=device,
         ),
         metrics=MetricSums(calibration.mean, loss_names(cfg)),
         source=source,
         calibration=calibration,
         batch_tokens=cfg.train.batch_tokens,
+        ema=None if cfg.train.ema_decay is None else Ema(coder, cfg.train.ema_decay),
     )
 
 

@@ -42,7 +42,7 @@ def ours(
     return Trainee(
         one_step,
         lambda: _take_loss(state),
-        lambda: [*state.coder.parameters(), *state.adam.tensors().values()],
+        lambda: [*state.coder.parameters(), *state.optimiser.tensors().values()],
         _shadow_bytes(run),
     )
 

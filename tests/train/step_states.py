@@ -64,6 +64,6 @@ def copy_training_(target: TrainState, source: TrainState) -> None:
     """Give `target` the parameters, the moments and the counts of `source`, in place."""
     for name, parameter in target.coder.named_parameters():
         parameter.copy_(source.coder.get_parameter(name))
-    for name, moment in target.adam.tensors().items():
-        moment.copy_(source.adam.tensors()[name])
+    for name, moment in target.optimiser.tensors().items():
+        moment.copy_(source.optimiser.tensors()[name])
     target.dead.last_fired_at.copy_(source.dead.last_fired_at)

@@ -69,8 +69,8 @@ def test_fused_is_autograd_to_rounding(activations: Tensor, settings: dict):
         for name, parameter in fused.coder.named_parameters():
             expected = plain.coder.get_parameter(name)
             torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
-        for name, moment in fused.adam.tensors().items():
-            expected = plain.adam.tensors()[name]
+        for name, moment in fused.optimiser.tensors().items():
+            expected = plain.optimiser.tensors()[name]
             torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-6)
         assert (fused.coder.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
         assert torch.equal(fused.dead.last_fired_at, plain.dead.last_fired_at)
@@ -128,7 +128,7 @@ def test_auxk_moves_dead_rows_of_encoder_and_decoder(activations: Tensor):
         state.dead.indices = torch.arange(4)
         silent = state.coder.b_enc.clone()
         step(inputs_of(state, 1, 256), 1e-3)
-        moments = state.adam.moments
+        moments = state.optimiser.moments
         moved[k_aux] = [bool(moments[name].m[:4].any()) for name in ("W_enc", "W_dec")]
         assert not moments["W_dec"].m[4:8].any()  # neither fired nor listed
         assert torch.equal(silent[4:8], state.coder.b_enc[4:8])
@@ -143,7 +143,7 @@ def test_narrow_moments_learn_as_well(activations: Tensor, moment_format: str):
     last, expected = (sum(r["loss"] for r in found[-20:]) / 20 for found in (rows, wide_rows))
     assert last < 1.1 * expected
     sizes = [
-        sum(t.numel() * t.itemsize for t in state.adam.moments["W_enc"][:2])
+        sum(t.numel() * t.itemsize for t in state.optimiser.moments["W_enc"][:2])
         for state in (narrow, wide)
     ]
     assert sizes[0] * (2 if moment_format == "bf16" else 4) == sizes[1]
@@ -231,7 +231,7 @@ def test_a_row_may_train_parameters_of_its_own(
     state, step = make(activations, "fused")
     step(inputs_of(state, 1, 256), 1e-3)
     torch.testing.assert_close(state.coder.gain, torch.full((64,), -1e-3))  # Adam's first step
-    assert "gain.exp_avg" in state.adam.tensors()
+    assert "gain.exp_avg" in state.optimiser.tensors()
 
 
 # ---- what is chosen, and what is said
@@ -250,15 +250,15 @@ def test_auto_is_fused_where_it_can_be_and_one_warning_where_not():
     [
         (
             {"coder.activation": "relu", "train.step": "fused"},
-            r"`train.step: fused` needs a coder .* got `coder.activation: relu`. .* topk",
+            r"`train.step: fused` needs what .* got `coder.activation: relu`. .* topk",
         ),
         (
-            {"coder.activation": "relu", "train.adam_moments": "8bit"},
-            r"`train.adam_moments: 8bit` needs a coder",
+            {"train.step": "fused", "train.optimizer": "muon"},
+            r"`train.step` must be autograd where train.optimizer is muon",
         ),
         (
-            {"train.step": "autograd", "train.adam_moments": "bf16"},
-            r"`train.adam_moments` must be fp32 where train.step is autograd",
+            {"train.optimizer": "signum", "train.adam_moments": "bf16"},
+            r"`train.adam_moments` must be fp32 where train.optimizer is signum",
         ),
     ],
 )
@@ -379,7 +379,7 @@ def test_no_step_reads_from_the_device(monkeypatch: pytest.MonkeyPatch, settings
         dead.indices = torch.zeros(5, dtype=torch.int64)
         state = TrainState(
             coder=coder,
-            adam=AdamState(coder, "8bit"),
+            optimiser=AdamState(coder, "8bit"),
             dead=dead,
             metrics=MetricSums(mean, ("loss", "reconstruction", "auxk")),
             source=source,

@@ -1,0 +1,56 @@
+"""Replacing and reordering latents in all of the trainer's state at once.
+
+A latent is a row of every tensor but b_dec's and scalars': of the coder's parameters and buffers,
+of the optimiser's state with the scales of 8-bit moments, of averages, and of the dead counters.
+A step that keeps copies of weights must be told afterwards: `Step.weights_changed`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.train.state import LAST_FIRED, TrainState, coder_tensors
+
+
+def tensors_by_latent(state: TrainState) -> dict[str, Tensor]:
+    """Return the live tensors (d_sae, …) of `state`, by name."""
+    d_sae, found = state.coder.d_sae, {}
+    groups = {
+        "coder": coder_tensors(state.coder),
+        "optimiser": state.optimiser.tensors(),
+        "ema": state.ema.tensors if state.ema else {},
+    }
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if tensor.ndim and name.split(".")[0] != "b_dec":
+                assert len(tensor) == d_sae, f"{group}.{name} must have a row a latent"
+                found[f"{group}.{name}"] = tensor.detach()
+    return {**found, LAST_FIRED: state.dead.last_fired_at}
+
+
+@torch.no_grad()
+def reorder_latents_(state: TrainState, order: Tensor) -> None:
+    """Let latent i be what latent `order[i]` was, in place; order: a permutation, (d_sae) int64.
+
+    The function that is trained stays the same, its code is permuted. All processes call this with
+    the same order.
+    """
+    for tensor in tensors_by_latent(state).values():
+        tensor.copy_(tensor[order])
+    # A new tensor, not a changed one: whoever keeps the list looks whether it is the same.
+    state.dead.indices = torch.argsort(order)[state.dead.indices].sort().values
+
+
+@torch.no_grad()
+def reset_latents_(state: TrainState, latents: Tensor) -> None:
+    """Begin anew with `latents` (n) int64, whose weights were replaced.
+
+    The optimiser and the averages forget them; by the counters they fired just now. All processes
+    call this with the same latents.
+    """
+    state.optimiser.reset_latents_(state.coder, latents)
+    if state.ema:
+        state.ema.reset_latents_(state.coder, latents)
+    state.dead.last_fired_at[latents] = state.tokens_seen
+    state.dead.refresh(state.tokens_seen)

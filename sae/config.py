@@ -712,6 +712,10 @@ class TrainConfig:
     """Share of the steps after which nothing is resampled, so that all latents have time to learn;
     in (0, 1]."""
 
+    sort_latents_every_steps: int | None = None
+    """Steps between sortings of the latents by how often they fire, so that Matryoshka prefixes
+    hold the commonest; None: never."""
+
     log_every_steps: int = 10
     """Steps between rows of metrics.jsonl; the only time that metrics are read from the device."""
 
@@ -739,6 +743,7 @@ class TrainConfig:
             "p_end",
             "resample_every_tokens",
             "resample_until_fraction",
+            "sort_latents_every_steps",
             "log_every_steps",
             "checkpoint_every_steps",
             "keep_checkpoints",
@@ -864,6 +869,14 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            self.train.sort_latents_every_steps is None
+            or bool(self.coder.prefixes or self.coder.random_prefixes),
+            "train.sort_latents_every_steps",
+            "needs Matryoshka prefixes, whose latents it chooses",
+            self.train.sort_latents_every_steps,
+            "Give `coder.prefixes`, or leave it out.",
+        )
         _require(
             self.coder.activation != "matching_pursuit"
             or self.stream.normalisation not in ("standardise", "whiten"),

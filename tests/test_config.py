@@ -106,6 +106,7 @@ def test_yaml_round_trip():
             ValueError,
             "must be quadratic for jumprelu",
         ),
+        ({"train.sort_latents_every_steps": 3}, ValueError, "needs Matryoshka prefixes"),
         ({"coder.multi_k": 32}, ValueError, "`coder.multi_k` must be above `coder.k`; got 32"),
         ({"coder.multi_k": 64, "coder.refine_step": 0.3}, ValueError, "left out where"),
         ({"coder.threshold_rate": 0.0}, ValueError, r"must be in \(0, 1\]"),

@@ -21,20 +21,34 @@ class DeadLatents:
     Attributes:
         last_fired_at: (d_sae) int64, the number of tokens seen, over all processes, when each
             latent last fired. indices: (n_dead) int64, the list made by the last `refresh`.
+            counts: (d_sae) float32, how often each fired in this process since they were last
+            sorted by it; None where nothing sorts them.
     """
 
-    def __init__(self, d_sae: int, *, dead_after_tokens: int, k_aux: int, device: torch.device):
+    def __init__(
+        self,
+        d_sae: int,
+        *,
+        dead_after_tokens: int,
+        k_aux: int,
+        device: torch.device,
+        is_counting: bool = False,
+    ):
         self.dead_after_tokens = dead_after_tokens
         self.max_listed = DEAD_LISTED_PER_K_AUX * k_aux
         self.last_fired_at = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.indices = torch.empty(0, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(d_sae, device=device) if is_counting else None
 
     def update(self, code: SparseCode | Tensor, tokens_seen: int | Tensor) -> None:
         """Note which latents fired in a batch, after which `tokens_seen` tokens were seen.
 
         The number may be a scalar on the device: a captured step replays the read of it.
         """
-        self.last_fired_at.masked_fill_(fired(code, len(self.last_fired_at)), tokens_seen)
+        counts = firings(code, len(self.last_fired_at))
+        self.last_fired_at.masked_fill_(counts > 0, tokens_seen)
+        if self.counts is not None:
+            self.counts.add_(counts)
 
     def refresh(self, tokens_seen: int) -> None:
         """Make the list anew: the longest dead first, at most 4 k_aux of them."""
@@ -56,10 +70,10 @@ class DeadLatents:
         return tokens_seen - self.last_fired_at >= self.dead_after_tokens
 
 
-def fired(code: SparseCode | Tensor, d_sae: int) -> Tensor:
-    """Return which latents fired at least once in a batch, (d_sae) bool, without a host sync."""
+def firings(code: SparseCode | Tensor, d_sae: int) -> Tensor:
+    """Return in how many pairs of a batch each latent fired, (d_sae), without a host sync."""
     if isinstance(code, Tensor):
-        return (code.detach() != 0).any(0)
+        return (code.detach() != 0).sum(0, dtype=torch.float32)
     counts = torch.zeros(d_sae, device=code.values.device)
     is_active = (code.values.detach() != 0).float().flatten()
-    return counts.scatter_add_(0, code.indices.flatten(), is_active) > 0
+    return counts.scatter_add_(0, code.indices.flatten(), is_active)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.train.distributed import sum_over_ranks
 from sae.train.state import LAST_FIRED, TrainState, coder_tensors
 
 
@@ -27,6 +28,24 @@ def tensors_by_latent(state: TrainState) -> dict[str, Tensor]:
                 assert len(tensor) == d_sae, f"{group}.{name} must have a row a latent"
                 found[f"{group}.{name}"] = tensor.detach()
     return {**found, LAST_FIRED: state.dead.last_fired_at}
+
+
+def is_sorting_due(step: int, every: int | None) -> bool:
+    """Return whether latents are sorted before the step with 0-based index `step`."""
+    return every is not None and step > 0 and step % every == 0
+
+
+@torch.no_grad()
+def sort_latents_(state: TrainState) -> None:
+    """Let latents stand by how often they fired since this was last done, the commonest first.
+
+    So Matryoshka's prefixes hold the commonest. Source: D. Chanin's LISTA-Matryoshka for
+    SynthSAEBench, which sorts at each step by a moving average.
+    """
+    assert state.dead.counts is not None, "`train.sort_latents_every_steps` counts"
+    counts = sum_over_ranks(state.dead.counts)
+    reorder_latents_(state, torch.argsort(counts, descending=True, stable=True))
+    state.dead.counts.zero_()
 
 
 @torch.no_grad()

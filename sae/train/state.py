@@ -105,6 +105,7 @@ class TrainState:
         return {
             **{f"metrics.{name}": value for name, value in self.metrics.sums.items()},
             LAST_FIRED: self.dead.last_fired_at,
+            **({} if self.dead.counts is None else {"dead.counts": self.dead.counts}),
         }
 
     def merged_own(self, saved: Sequence[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,12 +28,13 @@ from sae.train.dead import DeadLatents
 from sae.train.distributed import sum_over_ranks
 from sae.train.ema import Ema
 from sae.train.interrupt import Interrupt, Interrupted
+from sae.train.latent_rows import is_sorting_due, sort_latents_
 from sae.train.metrics import MetricSums
 from sae.train.optimisers import OPTIMISERS
 from sae.train.progress import TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
 from sae.train.state import Calibration, TrainState
-from sae.train.steps import make_step
+from sae.train.steps import Step, make_step
 from sae.train.tracking import Tracker, open_trackers
 
 
@@ -87,11 +88,7 @@ def train_coder(
                 break
 
             # ---- one training step ----
-            inputs = _inputs(cfg, state, accelerator)
-            if resampling.is_due(state.step, cfg):  # behind the save: a resumed run does it again
-                inputs = list(inputs)
-                resampling.resample_(state, torch.cat(inputs), cfg.run.seed)
-                step.weights_changed()
+            inputs = _tended(cfg, state, step, _inputs(cfg, state, accelerator))
             step(inputs, lr_at(state.step, cfg.train), values_at(state.step, cfg))
             state.step += 1
             if state.ema is not None:
@@ -124,6 +121,7 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
             # The penalty is for all dead latents, AuxK for a few times as many as it chooses.
             k_aux=coder.d_sae if cfg.coder.dead_penalty else cfg.coder.k_aux,
             device=device,
+            is_counting=cfg.train.sort_latents_every_steps is not None,
         ),
         metrics=MetricSums(calibration.mean, loss_names(cfg)),
         source=source,
@@ -203,6 +201,24 @@ class Log:
         now, before = time.monotonic(), self._time
         since, self._time, self._tokens = tokens - self._tokens, now, tokens
         return since / max(now - before, 1e-9)
+
+
+def _tended(
+    cfg: Config, state: TrainState, step: Step, inputs: Iterator[Tensor]
+) -> Iterable[Tensor]:
+    """Sort and resample latents where that is due, and return the inputs of the step.
+
+    It comes behind the save, so that a resumed run does it again.
+    """
+    if is_sorting_due(state.step, cfg.train.sort_latents_every_steps):
+        sort_latents_(state)
+        step.weights_changed()
+    if resampling.is_due(state.step, cfg):
+        batches = list(inputs)
+        resampling.resample_(state, torch.cat(batches), cfg.run.seed)
+        step.weights_changed()
+        return batches
+    return inputs
 
 
 def _inputs(cfg: Config, state: TrainState, accelerator: Accelerator) -> Iterator[Tensor]:

@@ -23,8 +23,8 @@ def page(document: dict[str, Any]) -> str:
         "",
         f"```\n{document['command']}\n```",
         "",
-        f"- commit {found['commit']}; python {found['python']}, torch {found['packages']['torch']}; "
-        f"{found['cpu_threads']} CPU threads",
+        f"- commit {found['commit']}; python {found['python']}, "
+        f"torch {found['packages']['torch']}; {found['cpu_threads']} CPU threads",
         "- each configuration in configs/smollm2 (topk: configs/quickstart.yaml), from the same "
         "shards; measured after saving and loading, on documents that training never saw",
         "- mean ± standard deviation over seeds; silent: latents that fire on no held-out token",

@@ -49,6 +49,7 @@ MATRYOSHKA = {**BATCHTOPK, "prefixes": (4, 11)}
         (BATCHTOPK, {"random_prefixes": 3}),
         (MATRYOSHKA, {"prefixes": (7, 30)}),
         (MATRYOSHKA, {"detach_prefixes": True}),
+        (MATRYOSHKA, {"sort_latents_every_steps": 3}),
         (RELU, {"sparsity_loss": "tanh"}),
         (RELU, {"sparsity_loss": "p_norm"}),
         (RELU, {"sparsity_coefficient": 2.0}),
@@ -75,10 +76,14 @@ def test_the_rate_of_the_running_threshold_changes_where_it_ends(activations: to
     assert float(slow.threshold[0]) != float(fast.threshold[0])
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "matryoshka_gated"])
+SORTED = {"sorted": {**MATRYOSHKA, "sort_latents_every_steps": 3}}
+STOPPED = {name: s for name, s in VARIANTS.items() if name != "matryoshka_gated"} | SORTED
+
+
+@pytest.mark.parametrize("variant", STOPPED)
 def test_a_run_that_was_stopped_goes_on(activations: torch.Tensor, tmp_path: Path, variant: str):
     """Ten steps at once, and the same ten with a stop behind the sixth: equal to the bit."""
-    settings = {**VARIANTS[variant], "checkpoint_every_steps": 2, "keep_checkpoints": 9}
+    settings = {**STOPPED[variant], "checkpoint_every_steps": 2, "keep_checkpoints": 9}
     whole = fit(activations, folder=str(tmp_path / "whole"), **settings)
     folder = tmp_path / "stopped"
     fit(activations, folder=str(folder), **settings)
@@ -131,3 +136,20 @@ def test_random_prefixes_are_drawn_by_seed_and_step():
         assert 2 <= len(ends) <= 6
     inner = torch.tensor([float(end) for ends in draws for end in ends[:-1]])
     assert float(inner.log().median()) == pytest.approx(math.log(1000) / 2, rel=0.1)
+
+
+def test_sorting_puts_the_commonest_latents_first(activations: torch.Tensor):
+    """Sorted every other step, the code is ordered as well as two steps' counts can say."""
+    settings = {**MATRYOSHKA, "tokens": 20 * 256, "lr": 1e-5}
+    plain = fit(activations, **settings)
+    for by in ("autograd", "fused"):
+        coder = fit(activations, by=by, **settings, sort_latents_every_steps=2)
+        with torch.no_grad():
+            rates = (coder.encode(activations) != 0).double().mean(0)
+            unsorted = (plain.encode(activations) != 0).double().mean(0)
+        ranks = torch.arange(48).double()
+        assert torch.corrcoef(torch.stack([rates, ranks]))[0, 1] < -0.8
+        assert torch.corrcoef(torch.stack([unsorted, ranks]))[0, 1] > -0.5
+        torch.testing.assert_close(
+            rates.sort().values, unsorted.sort().values, rtol=0, atol=0.02
+        )  # the same dictionary otherwise

@@ -29,7 +29,7 @@ from sae.evals import evaluate_on_world
 from sae.files import read_json
 from sae.worlds import make_world
 
-GROUPS = {"ours": tuple(RECIPES), "sae-lens": PEERS, "nulls": NULLS}
+GROUPS = {"ours": RECIPES, "sae-lens": PEERS, "nulls": NULLS}
 PEER_PACKAGES = ("sae-lens",)
 EVALUATION_SEED = 0
 

@@ -257,10 +257,10 @@ class WorldConfig:
     """Seed of the world itself: directions, bias, correlations, magnitudes; not of its samples."""
 
     n_features: int | None = None
-    """True features."""
+    """Number of true features, each with its direction."""
 
     d_in: int | None = None
-    """Width of the activations."""
+    """Width of the activations, in dimensions."""
 
     directions: DirectionsName | None = None
     """How features lie: random unit vectors, those made nearly orthogonal by gradient steps, or

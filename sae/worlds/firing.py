@@ -27,7 +27,7 @@ HIGHEST = 5.0
 
 @dataclass(frozen=True)
 class Fired:
-    """Which features fired: m places of rows and features, each once, with their magnitudes."""
+    """Which features fired: m places of rows and features, each once, and how strongly."""
 
     rows: Tensor
     features: Tensor
@@ -177,8 +177,9 @@ class _Families:
 
     def of(self, family: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return loading (m, branching, rank), threshold, mean and sd (m, branching) of m rows."""
-        loading, *others = self._table.index_select(0, family).split(self._widths, 1)
-        return loading.unflatten(1, (len(self.places), -1)), *others
+        parts = self._table.index_select(0, family).split(self._widths, 1)
+        loading, threshold, mean, sd = parts
+        return loading.unflatten(1, (len(self.places), -1)), threshold, mean, sd
 
 
 def _rate(level: Tensor) -> Tensor:

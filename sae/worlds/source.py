@@ -81,6 +81,7 @@ class WorldSource:
                 f"{state.position['world']}, now {self._identity()}."
             )
         self.taken = state.position["taken"]
+        self._blocks.clear()
 
     def metadata(self) -> dict[str, object]:
         """Return which world a dictionary was trained in, with all its settings."""

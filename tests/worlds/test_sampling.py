@@ -13,7 +13,7 @@ from sae.worlds.firing import Fired, merged
 from sae.worlds.forest import compensated, grow_forest
 from sae.worlds.geometry import draw_directions, mean_max_cosine
 
-N = 40_000
+N = 20_000
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def small(**settings: Any) -> World:
     return make_world(small_config(**settings))
 
 
-def codes_of(world: World, n: int = 40_000, seed: int = 0) -> Tensor:
+def codes_of(world: World, n: int = 20_000, seed: int = 0) -> Tensor:
     return world.sample(n, evaluation_generator(seed)).codes
 
 

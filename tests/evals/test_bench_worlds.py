@@ -16,8 +16,8 @@ import bench_worlds  # noqa: E402 - a script is not installed
 from benchmarking import world_runs  # noqa: E402
 
 SMALL = [
-    *("--world", "matryoshka_toy", "--samples", "1280", "--rows", "1024", "--commit", "none"),
-    *("--set", "coder.d_sae=16", "coder.k=2", "train.batch_tokens=64", "train.lr=1e-3"),
+    *("--world", "matryoshka_toy", "--samples", "6400", "--rows", "1024", "--commit", "none"),
+    *("--set", "coder.d_sae=32", "coder.k=2", "train.batch_tokens=64", "train.lr=1e-2"),
 ]
 
 
@@ -44,7 +44,7 @@ def test_every_run_is_a_row_and_every_recipe_a_line(out: Path):
     topk = rows["topk", 0]
     assert topk["seconds"] > 0
     assert topk["data_seconds"] > 0
-    assert topk["samples_per_second"] == pytest.approx(1280 / topk["seconds"])
+    assert topk["samples_per_second"] == pytest.approx(6400 / topk["seconds"])
     assert topk["metrics"] != rows["topk", 1]["metrics"]
     page = out.with_suffix(".md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("| topk"))

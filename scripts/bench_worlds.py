@@ -24,12 +24,14 @@ from benchmarking import machine, world_results
 from benchmarking.rows import Absent
 from benchmarking.world_runs import BASE, NULLS, PEERS, RECIPES, Task, train
 
+from sae.cli import is_ours
 from sae.config import WorldConfig
+from sae.configuration import flatten, from_flat
 from sae.evals import evaluate_on_world
 from sae.files import read_json
 from sae.worlds import make_world
 
-GROUPS = {"ours": tuple(RECIPES), "sae-lens": PEERS, "nulls": NULLS}
+GROUPS = {"ours": RECIPES, "sae-lens": PEERS, "nulls": NULLS}
 PEER_PACKAGES = ("sae-lens",)
 EVALUATION_SEED = 0
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         else:
             recipes = chosen(options.recipes)
             document = world_results.open_document(path, _blank(options, date))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         parser.error(str(error))
     if not options.merge:
         _run_all(path, document, recipes, options)
@@ -65,6 +67,17 @@ def chosen(names: Sequence[str]) -> list[str]:
         if name not in known:
             raise ValueError(f"`--recipes` must be among {[*GROUPS, *known]}; got {name!r}.")
     return list(dict.fromkeys(found))
+
+
+def base_with(words: Sequence[str]) -> dict[str, Any]:
+    """Return BASE with KEY=VALUE words over it, as the configuration's types have them."""
+    bad = [word for word in words if "=" not in word]
+    if bad:
+        raise ValueError(f"`--set` must be KEY=VALUE; got {bad[0]!r}.")
+    given = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}
+    asked = {**BASE, **given}
+    resolved = flatten(from_flat(asked))
+    return {key: resolved[key] for key in asked}
 
 
 def _run_all(
@@ -88,6 +101,8 @@ def run(recipe: str, task: Task, n_rows: int) -> dict[str, Any]:
     try:
         trained = train(recipe, task)
     except (Absent, ValueError, TypeError) as error:
+        if not (isinstance(error, Absent) or is_ours(error)):
+            raise  # a fault, and no refusal
         return {**row, "reason": f"{type(error).__name__}: {error}"}
     results = evaluate_on_world(trained.coder, task.world, n_rows, seed=EVALUATION_SEED)
     rate = task.samples / trained.seconds if trained.seconds else None
@@ -107,7 +122,6 @@ def _blank(options: argparse.Namespace, date: str) -> dict[str, Any]:
     found = machine.describe(torch.device("cpu"), options.commit)
     packages = {name: machine.package_version(name) for name in PEER_PACKAGES}
     found["packages"] = {**found["packages"], **packages}  # type: ignore[dict-item]
-    given = dict(word.split("=", 1) for word in options.set)
     return {
         "date": date,
         "command": f"python scripts/bench_worlds.py {shlex.join(sys.argv[1:])}".rstrip(),
@@ -115,7 +129,7 @@ def _blank(options: argparse.Namespace, date: str) -> dict[str, Any]:
         "world": {"name": options.world},
         "samples": options.samples,
         "rows_evaluated": options.rows,
-        "base": {**BASE, **{key: yaml.safe_load(value) for key, value in given.items()}},
+        "base": base_with(options.set),
         "rows": [],
     }
 

@@ -218,7 +218,8 @@ def _oracle(task: Task) -> Trained:
 
 
 def _shuffled(task: Task) -> Trained:
-    return Trained(ShuffledCodes(_true_dictionary(task), task.base["coder.d_sae"]))
+    dictionary = _true_dictionary(task)
+    return Trained(ShuffledCodes(dictionary, dictionary.d_sae))
 
 
 def _random_directions(task: Task) -> Trained:

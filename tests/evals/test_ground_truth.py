@@ -73,14 +73,17 @@ def f1_of(fires: Tensor, is_true: Tensor) -> float:
     return 2 * hits / max(int(fires.sum()) + int(is_true.sum()), 1)
 
 
-def test_directions_equal_their_definitions():
-    case = Case()
+@pytest.mark.parametrize("seed", [0, 10])
+def test_directions_equal_their_definitions(seed: int):
+    case = Case(seed)
+    case.decoder[0] = -2 * case.decoder[1] if seed else case.decoder[0]
     found = case.computed()
     cosines = (unit(case.decoder).double() @ case.true.double().T).abs()
     assert found["mcc"] == pytest.approx(best_assignment(cosines), rel=1e-6)
     assert found["mmcs_latents"] == pytest.approx(float(cosines.amax(1).mean()), rel=1e-6)
     assert found["mmcs_features"] == pytest.approx(float(cosines.amax(0).mean()), rel=1e-6)
     assert found["uniqueness"] == len(set(cosines.argmax(1).tolist())) / M
+    assert (found["uniqueness"] < 1) == (seed > 0)
 
 
 def test_detection_equals_a_loop_over_latents():
@@ -214,6 +217,19 @@ def test_parents_are_looked_for_with_and_without_their_children():
         "parent_recall_child_on": 0.5,
         "parent_recall_child_off": 1.0,
         "pairs_detected": 1.0,
+    }
+
+
+def test_recall_beside_children_is_over_parents_that_are_found():
+    """Parents 0 and 2, children 1 and 3; the latent of 2 fires nowhere but beside its child."""
+    true = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]] * 20, dtype=torch.bool)
+    fires = torch.stack([~true[:, 1], true[:, 3]], 1)
+    counts = Families(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 0, 1, 1]))
+    counts.update(fires, true)
+    assert counts.compute() == {
+        "parent_recall_child_on": 0.0,
+        "parent_recall_child_off": 0.5,
+        "pairs_detected": 0.5,
     }
 
 

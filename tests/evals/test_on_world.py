@@ -13,6 +13,7 @@ from toy_worlds import Linear, ToyWorld, gaussian, unit
 
 from sae.cli import main
 from sae.evals import EVALS, activation_contexts, evaluate, evaluate_on_world
+from sae.evals.evaluable import Evaluable
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
 from sae.evals.on_world import family_pairs, frequent_features
 
@@ -84,7 +85,8 @@ def test_what_each_cannot_see(metrics):
 def test_rows_are_those_of_the_seed_and_the_metrics_of_all_evals_are_there(world):
     coder = RandomDirections(world.bias, 12, 4)
     found = [evaluate_on_world(coder, world, 1500, seed=s, n_resamples=5) for s in (0, 0, 1)]
-    assert found[0].metrics == found[1].metrics != found[2].metrics
+    assert found[0].metrics == found[1].metrics
+    assert found[0].metrics["f1"] != found[2].metrics["f1"]
     assert set(found[0].evals) == {"reconstruction", "sparsity", "ground_truth"}
     assert found[0].evals["ground_truth"].n_tokens == 1500
     assert found[0].provenance["l0"] == found[0].metrics["l0"]
@@ -97,6 +99,20 @@ def test_a_parent_is_found_by_its_own_latent():
     found = evaluate_on_world(coder, tree, N, pairs=pairs, n_resamples=5).metrics
     assert found["parent_recall_child_on"] == found["parent_recall_child_off"] == 1
     assert family_pairs(tree).shape == (0, 2)
+
+
+class Sparse:
+    """A coder that shows no decoder rows and takes sparse codes alone."""
+
+    def __init__(self, inner: RandomDirections) -> None:
+        self._inner, self.d_sae = inner, inner.d_sae
+        self.encode_sparse, self.decode = inner.encode_sparse, inner.decode
+
+
+def test_directions_of_a_coder_that_names_none(world):
+    inner = RandomDirections(world.bias, 12, 4)
+    found = Evaluable(Sparse(inner), 16).directions()
+    assert torch.allclose(found, inner.W_dec, atol=1e-6)
 
 
 def test_what_cannot_run_is_refused(world):

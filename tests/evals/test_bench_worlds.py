@@ -1,0 +1,102 @@
+"""The comparison on a world: what it writes, that it goes on, merges, and never skips silently."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_worlds  # noqa: E402 - a script is not installed
+from benchmarking import world_runs  # noqa: E402
+
+SMALL = [
+    *("--world", "matryoshka_toy", "--samples", "6400", "--rows", "1024", "--commit", "none"),
+    *("--set", "coder.d_sae=32", "coder.k=2", "train.batch_tokens=64", "train.lr=1e-2"),
+]
+
+
+def run(out: Path, *flags: str) -> dict:
+    return json.loads(bench_worlds.main([*SMALL, "--out", str(out), *flags]).read_text())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "a.json"
+    run(path, "--recipes", "topk", "--seeds", "0", "1")
+    run(path, "--recipes", "nulls", "--seeds", "0")
+    return path
+
+
+def test_every_run_is_a_row_and_every_recipe_a_line(out: Path):
+    document = json.loads(out.read_text())
+    assert len(document["rows"]) == 2 + len(world_runs.NULLS)
+    rows = {(row["recipe"], row["seed"]): row for row in document["rows"]}
+    f1 = {name: rows[name, 0]["metrics"]["f1"] for name in ("topk", *world_runs.NULLS)}
+    assert f1["oracle"] == 1
+    assert f1["topk"] > f1["random directions"]
+    assert f1["oracle"] > f1["topk"]
+    topk = rows["topk", 0]
+    assert topk["seconds"] > 0
+    assert topk["data_seconds"] > 0
+    assert topk["samples_per_second"] == pytest.approx(6400 / topk["seconds"])
+    assert topk["metrics"] != rows["topk", 1]["metrics"]
+    page = out.with_suffix(".md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| topk"))
+    assert line.startswith("| topk | 2 |")
+    assert line.count("±") == 10
+
+
+def test_the_same_command_goes_on_and_trains_nothing_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    before = json.loads(out.read_text())
+    monkeypatch.setattr(bench_worlds, "train", lambda *_: pytest.fail("trained again"))
+    assert run(out, "--recipes", "topk", "--seeds", "0", "1") == before
+    assert "there already" in capsys.readouterr().out
+
+
+def test_results_of_two_processes_merge(out: Path, tmp_path: Path):
+    other, joined = tmp_path / "b.json", tmp_path / "c.json"
+    run(other, "--recipes", "topk, decay", "--seeds", "0")
+    document = run(joined, "--merge", str(out), str(other))
+    names = {row["recipe"] for row in document["rows"]}
+    assert names == {"topk", "topk, decay", *world_runs.NULLS}
+    assert "| topk, decay | 1 |" in joined.with_suffix(".md").read_text()
+
+
+def test_results_of_another_length_are_not_mixed_in(out: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        run(out, "--recipes", "topk", "--samples", "640")
+    assert "the same samples" in capsys.readouterr().err
+
+
+def test_what_cannot_run_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setitem(world_runs.RECIPES, "impossible", {"coder.k": 99})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    names = ["impossible", "sae-lens batchtopk"]
+    document = run(tmp_path / "d.json", "--seeds", "0", "--recipes", *names)
+    assert ["metrics" in row for row in document["rows"]] == [False, False]
+    page = (tmp_path / "d.md").read_text()
+    assert "sae-lens is not installed" in page
+    assert "impossible: ValueError" in page
+    assert "not installed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tmp_path / "e.json", "--recipes", "topkk")
+
+
+@pytest.mark.sae_lens
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_the_peers_train_on_the_same_samples(tmp_path: Path):
+    document = run(tmp_path / "f.json", "--seeds", "0", "--recipes", "sae-lens")
+    for row in document["rows"]:
+        assert row["saved as"] == "JumpReLUSAE"
+        assert 0 < row["metrics"]["f1"] <= 1

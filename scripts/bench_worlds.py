@@ -69,13 +69,17 @@ def chosen(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def base_with(words: Sequence[str]) -> dict[str, Any]:
-    """Return BASE with KEY=VALUE words over it, as the configuration's types have them."""
+def given(words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of KEY=VALUE words; ValueError for another word."""
     bad = [word for word in words if "=" not in word]
     if bad:
         raise ValueError(f"`--set` must be KEY=VALUE; got {bad[0]!r}.")
-    given = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}
-    asked = {**BASE, **given}
+    return {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}
+
+
+def base_with(words: Sequence[str]) -> dict[str, Any]:
+    """Return BASE with KEY=VALUE words over it, as the configuration's types have them."""
+    asked = {**BASE, **given(words)}
     resolved = flatten(from_flat(asked))
     return {key: resolved[key] for key in asked}
 
@@ -89,7 +93,11 @@ def _run_all(
             if world_results.is_done(document, recipe, seed):
                 print(f"{recipe}, seed {seed}: there already", flush=True)
                 continue
-            row = run(recipe, Task(world, options.samples, seed, document["base"]), options.rows)
+            row = run(
+                recipe,
+                Task(world, options.samples, seed, document["base"], given(options.set)),
+                options.rows,
+            )
             world_results.add(document, row)
             world_results.save(path, document)
             print(world_results.one_line(row), flush=True)

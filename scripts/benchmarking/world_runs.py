@@ -43,13 +43,10 @@ BASE: dict[str, Any] = {
 }
 # A recipe of ours is a configuration in configs/worlds, named after its file.
 CONFIGS = machine.ROOT / "configs" / "worlds"
-RECIPES = tuple(
-    sorted(
-        path.stem
-        for path in CONFIGS.glob("*.yaml")
-        if path.stem not in ("matryoshka_toy", "toy_model", "synth_16k")
-    )
-)
+OF_OTHER_WORLDS = ("matryoshka_toy", "toy_model", "synth_16k")
+RECIPES = {
+    path.stem: path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in OF_OTHER_WORLDS
+}
 PEERS = ("sae-lens batchtopk", "sae-lens matryoshka")
 NULLS = ("oracle", "frozen random decoder", "random directions", "oracle, codes shuffled")
 MATRYOSHKA_SHARES = (128, 512, 2048, 4096)  # of 4096, as the benchmark's own widths
@@ -60,12 +57,14 @@ class Task:
     """One run: a world, how many samples, the seed, and what all share.
 
     base: the size of the dictionary, and what trainers without a configuration of ours train with.
+    given: dotted settings that replace those of all, ours too.
     """
 
     world: World
     samples: int
     seed: int
     base: dict[str, Any]
+    given: dict[str, Any]
 
     @property
     def batch(self) -> int:
@@ -122,12 +121,14 @@ def train(recipe: str, task: Task) -> Trained:
         "sae-lens batchtopk": lambda task: _sae_lens(task, is_matryoshka=False),
         "sae-lens matryoshka": lambda task: _sae_lens(task, is_matryoshka=True),
     }
-    return makers[recipe](task) if recipe in makers else _ours(CONFIGS / f"{recipe}.yaml", task)
+    return makers[recipe](task) if recipe in makers else _ours(RECIPES[recipe], task)
 
 
 def _ours(config: Path, task: Task) -> Trained:
     fixed = {"train.tokens": task.samples, "run.seed": task.seed, "run.device": "cpu"}
-    cfg = with_world(from_flat(fixed, from_command_line([str(config)], "bench_worlds")))
+    cfg = with_world(
+        from_flat({**task.given, **fixed}, from_command_line([str(config)], "bench_worlds"))
+    )
     cfg = replace(cfg, world=task.world.cfg)
     timed = TimedWorld(task.world)
     accelerator = make_accelerator(cfg.run, cfg.train)

@@ -63,11 +63,11 @@ def test_the_same_command_goes_on_and_trains_nothing_again(
 
 def test_results_of_two_processes_merge(out: Path, tmp_path: Path):
     other, joined = tmp_path / "b.json", tmp_path / "c.json"
-    run(other, "--recipes", "topk, decay", "--seeds", "0")
+    run(other, "--recipes", "batchtopk", "--seeds", "0")
     document = run(joined, "--merge", str(out), str(other))
     names = {row["recipe"] for row in document["rows"]}
-    assert names == {"topk", "topk, decay", *world_runs.NULLS}
-    assert "| topk, decay | 1 |" in joined.with_suffix(".md").read_text()
+    assert names == {"topk", "batchtopk", *world_runs.NULLS}
+    assert "| batchtopk | 1 |" in joined.with_suffix(".md").read_text()
 
 
 def test_results_of_another_length_are_not_mixed_in(out: Path, capsys: pytest.CaptureFixture):
@@ -79,7 +79,9 @@ def test_results_of_another_length_are_not_mixed_in(out: Path, capsys: pytest.Ca
 def test_what_cannot_run_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setitem(world_runs.RECIPES, "impossible", {"coder.k": 99})
+    impossible = tmp_path / "impossible.yaml"
+    impossible.write_text("coder: {k: 2, prefixes: [40]}\n")
+    monkeypatch.setitem(world_runs.RECIPES, "impossible", impossible)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     names = ["impossible", "sae-lens batchtopk"]
     document = run(tmp_path / "d.json", "--seeds", "0", "--recipes", *names)

@@ -36,8 +36,6 @@ share. Parents' recall does not see what fires in the parent's place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -46,8 +44,9 @@ from sae.evals.blocks import BlockSums, BlockVariance, block_of
 from sae.evals.bootstrap import with_intervals
 from sae.evals.cofiring import HALVES, Cofiring
 from sae.evals.families import Families
-from sae.evals.interface import EvalBatch, EvalSetup, Label, Seen, Undefined, Value
+from sae.evals.interface import EvalSetup, Label, Seen, Undefined, Value
 from sae.evals.matching import absolute_cosines, assigned
+from sae.evals.truth import TruthBatch
 
 RECOVERED = (0.8, 0.9)
 MIN_MAGNITUDES = 10
@@ -75,31 +74,6 @@ LABELS = {
     "parent_recall_child_off": Label("parents found where no child fires"),
     "pairs_detected": Label("parents found in ≥ 70% of those", "share"),
 }
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What is known of the world, and the dictionary's decoder.
-
-    Attributes:
-        directions: (n_features, d_in) unit rows. bias: (d_in).
-        decoder: (d_sae, d_in), what each latent writes.
-        frequent: (at most d_sae) int64, the features of the oracle.
-        pairs: (p, 2) int64, parent and child; p may be 0.
-    """
-
-    directions: Tensor
-    bias: Tensor
-    decoder: Tensor
-    frequent: Tensor
-    pairs: Tensor
-
-
-@dataclass(frozen=True)
-class TruthBatch(EvalBatch):
-    """Rows of a world with their true codes (n, n_features); a document id is a row's number."""
-
-    codes: Tensor
 
 
 class GroundTruth:

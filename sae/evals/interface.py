@@ -21,7 +21,7 @@ from sae.stream.hookpoints import Hookpoint
 
 if TYPE_CHECKING:
     from sae.evals.evaluable import Evaluable
-    from sae.evals.ground_truth import Truth
+    from sae.evals.truth import Truth
     from sae.stream.language_model import LanguageModel
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sae.config import EvalName
 from sae.evals.evaluable import Evaluable
-from sae.evals.ground_truth import Truth, TruthBatch
 from sae.evals.interface import EvalSetup
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, checked_names
 from sae.evals.results import EvalResults, plain_json
 from sae.evals.run import Clock, Evals, Shared, Tell, results_of, start_evals
+from sae.evals.truth import Truth, TruthBatch
 from sae.worlds.seeds import evaluation_generator
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evaluate_on_world(
     ready = Evaluable(coder, world.d_in, "the world")
     truth = truth_of(ready, world, pairs)
     setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples, truth)
-    evals = {**start_evals(names, "activations", setup), **start_evals(names, "world", setup)}
+    evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
     walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
     generator = evaluation_generator(seed, world.directions.device)
     for start in range(0, n_rows, BLOCK_ROWS):

@@ -16,9 +16,10 @@ from toy_worlds import Linear, ToyWorld, gaussian, unit
 from sae.coder.latents import Latents, from_dense
 from sae.evals.cofiring import Cofiring
 from sae.evals.families import Families
-from sae.evals.ground_truth import LABELS, GroundTruth, Truth, TruthBatch
+from sae.evals.ground_truth import LABELS, GroundTruth
 from sae.evals.interface import EvalSetup, Undefined
 from sae.evals.matching import absolute_cosines, assigned
+from sae.evals.truth import Truth, TruthBatch
 
 M, N_FEATURES, D, N = 5, 7, 6, 400
 NO_PAIRS = torch.zeros(0, 2, dtype=torch.int64)

@@ -36,7 +36,8 @@ EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--out FILE] [--
 
 Measure a dictionary on documents that its training never saw, write results.json (beside the run,
 or to --out) and print a table. The run's own configuration says model and text; for a dictionary
-without a run, name what its metadata do not: --data.source, --model.name, --model.hookpoint."""
+without a run, name what its metadata do not: --data.source, --model.name, --model.hookpoint. One
+that was trained on a world is measured on fresh samples of it, against its known features."""
 
 REPORT_USAGE = """usage: sae report RUN [--section.key value …]
 
@@ -196,7 +197,9 @@ def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
             "hook_name": "model.hookpoint",
             "context_size": "data.context_size",
         }
-        base = from_flat({key: metadata[name] for name, key in known.items() if metadata.get(name)})
+        told = {key: metadata[name] for name, key in known.items() if metadata.get(name)}
+        told |= {f"world.{name}": value for name, value in metadata.get("world", {}).items()}
+        base = from_flat(told)
     return with_flags(base, flags, "sae eval RUN_OR_DICTIONARY")
 
 
@@ -264,12 +267,13 @@ def print_results(results: EvalResults, cfg: Config) -> None:
     from sae.evals.results import table_rows
 
     origin = results.provenance
-    table = Table(
-        box=box.SIMPLE,
-        title=f"{origin['hookpoint']} of {cfg.model.name}: {origin['n_tokens']:,} held-out tokens "
-        f"of {origin['n_documents']:,} documents, L0 {origin['l0']:.1f}",
-        title_justify="left",
-    )
+    seen = f"{origin['n_tokens']:,} held-out tokens of {origin['n_documents']:,} documents"
+    if cfg.world.name:
+        where, seen = f"world {cfg.world.name}", f"{origin['n_tokens']:,} held-out samples"
+    else:
+        where = f"{origin['hookpoint']} of {cfg.model.name}"
+    title = f"{where}: {seen}, L0 {origin['l0']:.1f}"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("95% interval")

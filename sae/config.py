@@ -21,7 +21,7 @@ BosName = Literal["document", "context", "none"]
 ContentName = Literal["text", "chat", "tokens"]
 ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-EvalName = Literal["reconstruction", "sparsity", "downstream"]
+EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 OptimizerName = Literal["adam", "muon", "signum"]
@@ -261,10 +261,10 @@ class WorldConfig:
     """Seed of the world itself: directions, bias, correlations, magnitudes; not of its samples."""
 
     n_features: int | None = None
-    """True features."""
+    """Number of true features, each with its direction."""
 
     d_in: int | None = None
-    """Width of the activations."""
+    """Width of the activations, in dimensions."""
 
     directions: DirectionsName | None = None
     """How features lie: random unit vectors, those made nearly orthogonal by gradient steps, or
@@ -806,11 +806,12 @@ class TrainConfig:
 class EvalConfig:
     """What `sae eval` measures."""
 
-    evals: tuple[EvalName, ...] = ("reconstruction", "sparsity", "downstream")
-    """The evaluations to run."""
+    evals: tuple[EvalName, ...] | None = None
+    """The evaluations to run; None: all that apply, ground_truth where there is a world, downstream
+    where there is a model."""
 
     tokens: int = 65_536
-    """Held-out tokens for reconstruction and sparsity."""
+    """Held-out tokens for reconstruction and sparsity; on a world, its samples."""
 
     downstream_tokens: int = 16_384
     """Held-out tokens for the language model's loss with the dictionary spliced in."""

@@ -102,8 +102,13 @@ def select_batchtopk(
     """
     code, least = sae_kernels.batch_topk(pre_acts, values.k * len(pre_acts))
     running = coder.first_threshold if is_first else coder.threshold
-    running.lerp_(least.detach().clamp_min(0).to(running.dtype), coder.cfg.threshold_rate)
+    _follow_(running, least.detach().clamp_min(0).to(running.dtype), coder.cfg.threshold_rate)
     return code._replace(values=torch.relu(code.values))
+
+
+def _follow_(running: Tensor, least: Tensor, rate: float) -> None:
+    """Move the running threshold towards a batch's; it begins at the first."""
+    running.copy_(torch.where(running == 0, least, torch.lerp(running, least, rate)))
 
 
 def above_threshold(coder: SparseCoder, pre_acts: Tensor, is_first: bool) -> Tensor:

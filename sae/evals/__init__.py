@@ -5,6 +5,7 @@
 
 from sae.evals.inputs import activation_contexts
 from sae.evals.interface import EvalBatch, EvalRow, EvalSetup, Label, ModelBatch, Undefined
+from sae.evals.on_world import evaluate_on_world
 from sae.evals.registry import EVALS
 from sae.evals.results import EvalResults, read_results, table_rows, write_results
 from sae.evals.run import evaluate
@@ -20,6 +21,7 @@ __all__ = [
     "Undefined",
     "activation_contexts",
     "evaluate",
+    "evaluate_on_world",
     "read_results",
     "table_rows",
     "write_results",

@@ -73,6 +73,23 @@ class Evaluable:
             return x
         return torch.cat([self.encode_decode(x[rows])[1] for rows in self.chunks(len(x))])
 
+    @torch.no_grad()
+    def directions(self) -> Tensor:
+        """Return what one unit of each latent writes into x_hat, (d_sae, d_in).
+
+        Of a coder that norms its tokens: in the units of normed ones.
+        """
+        rows = getattr(self.coder, "W_dec", None)
+        if isinstance(rows, Tensor) and rows.shape == (self.d_sae, self.d_in):
+            return rows.detach()
+        one = self._as_input(torch.ones(self.d_sae, 1))
+        numbers = torch.arange(self.d_sae, device=one.device)[:, None]
+        lit = [Latents(one * scale, numbers) for scale in (1, 0)]
+        if not hasattr(self.coder, "encode_sparse"):
+            lit = [code.to_dense(self.d_sae) for code in lit]
+        with_one, with_none = (self.coder.decode(code) for code in lit)
+        return with_one - with_none
+
     def chunks(self, n: int) -> Iterator[slice]:
         """Yield slices of n tokens, each small enough for its dense code."""
         size = max(DENSE_ELEMENTS // self.d_sae, 16)

@@ -21,6 +21,7 @@ from sae.stream.hookpoints import Hookpoint
 
 if TYPE_CHECKING:
     from sae.evals.evaluable import Evaluable
+    from sae.evals.ground_truth import Truth
     from sae.stream.language_model import LanguageModel
 
 
@@ -50,12 +51,14 @@ class EvalSetup:
         d_in, d_sae: widths of the coder.
         seed: of everything random inside the eval, such as its bootstrap.
         n_resamples: bootstrap draws behind an interval.
+        truth: of the world that the rows are of, for evals that read it.
     """
 
     d_in: int
     d_sae: int
     seed: int = 0
     n_resamples: int = 1000
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,11 @@ class EvalRow:
 
     Attributes:
         make: starts an accumulator.
-        reads: what its `update` takes: "activations" an EvalBatch, "model" a ModelBatch.
+        reads: what its `update` takes: "activations" an EvalBatch, "model" a ModelBatch, "world" a
+            TruthBatch.
         labels: words and unit for each of its metrics, in the order of the printed table.
     """
 
     make: Callable[[EvalSetup], Accumulator]
-    reads: Literal["activations", "model"]
+    reads: Literal["activations", "model", "world"]
     labels: Mapping[str, Label]

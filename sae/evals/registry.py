@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import cast
 
 from sae.config import EvalName
-from sae.evals import downstream, reconstruction, sparsity
+from sae.evals import downstream, ground_truth, reconstruction, sparsity
 from sae.evals.interface import EvalRow
 
 EVALS: dict[EvalName, EvalRow] = {
     "reconstruction": EvalRow(reconstruction.Reconstruction, "activations", reconstruction.LABELS),
     "sparsity": EvalRow(sparsity.Sparsity, "activations", sparsity.LABELS),
     "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS),
+    "ground_truth": EvalRow(ground_truth.GroundTruth, "world", ground_truth.LABELS),
 }
 
 

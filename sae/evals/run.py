@@ -57,7 +57,8 @@ def evaluate(
         contexts: held-out contexts, read once; with activations (`CapturedContexts`, or
             `activation_contexts(x)`) where `lm` is None.
         lm, hookpoint: the model and where its activations are read.
-        names: rows of EVALS; None: all, without those that run the model where `lm` is None.
+        names: rows of EVALS; None: all, without those that run the model where `lm` is None, and
+            without those that need a world.
         tokens: unmasked tokens to evaluate; None: all of `contexts`.
         downstream_tokens: how many of these the evals that run the model use; None: all of them.
         max_norm: leave out tokens of larger activation norm, in raw units.
@@ -73,7 +74,8 @@ def evaluate(
     capture = Capture(lm, hookpoint, first, max_norm)
     ready = Evaluable(coder, capture.d_in, capture.place)
     setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples)
-    on_activations, on_model = (_start(names, reads, setup) for reads in ("activations", "model"))
+    on_activations = start_evals(names, "activations", setup)
+    on_model = start_evals(names, "model", setup)
     clock = Clock()
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
@@ -94,7 +96,7 @@ def evaluate(
         _run_model_evals(on_model, make_batch, queue, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)
-    return _results(on_activations | on_model, clock, origin)
+    return results_of(on_activations | on_model, clock, origin)
 
 
 class Clock:
@@ -153,7 +155,8 @@ def _peek(contexts: Iterable[Contexts]) -> tuple[Iterator[Contexts], Contexts]:
     return chain([first], batches), first
 
 
-def _start(names: tuple[EvalName, ...], reads: str, setup: EvalSetup) -> Evals:
+def start_evals(names: tuple[EvalName, ...], reads: str, setup: EvalSetup) -> Evals:
+    """Return new accumulators for those of `names` that read the kind `reads`."""
     return {name: EVALS[name].make(setup) for name in names if EVALS[name].reads == reads}
 
 
@@ -199,7 +202,8 @@ def _run_model_evals(
             tell(name, n_done, queue.n_tokens)
 
 
-def _results(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResults:
+def results_of(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResults:
+    """Return what the accumulators found, with the time that each took."""
     records, metrics, arrays = {}, {}, {}
     for name, accumulator in evals.items():
         with clock.timed(name):
@@ -235,9 +239,15 @@ def _origin(
 
 def _wanted_names(names: Iterable[str] | None, lm: object) -> tuple[EvalName, ...]:
     if names is None:
-        return tuple(name for name, row in EVALS.items() if lm is not None or row.reads != "model")
+        readable = ("activations",) if lm is None else ("activations", "model")
+        return tuple(name for name, row in EVALS.items() if row.reads in readable)
     wanted = checked_names(names)
     for name in wanted:
+        if EVALS[name].reads == "world":
+            raise ValueError(
+                f"the eval {name!r} needs a world whose features are known; there is none. Leave "
+                "it out, or use `evaluate_on_world`."
+            )
         if EVALS[name].reads == "model" and lm is None:
             raise ValueError(
                 f"the eval {name!r} runs the language model; none was given. Give `lm` and "

@@ -14,8 +14,9 @@ from sae.worlds.presets import resolve_world
 from sae.worlds.toy_model import train_toy_model
 from sae.worlds.world import World
 
-# A feature of a toy model whose column is shorter than this share of the longest was given up.
-REPRESENTED = 0.1
+# A feature of a toy model whose column is shorter than this share of the longest was given up; the
+# little that is left of it is left out of the world.
+REPRESENTED = 0.5
 
 
 def make_world(cfg: WorldConfig, device: torch.device | str = "cpu") -> World:

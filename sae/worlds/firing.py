@@ -17,13 +17,17 @@ from torch import Tensor
 from sae.worlds.features import Features
 from sae.worlds.forest import NONE, Forest
 
-# Above this probability a dense draw is cheaper than thinning.
-RARE = 0.05
+# A feature is thinned where rows this many standard deviations out still fire with Φ(−1/4) at most;
+# else candidates are so many that a dense draw is cheaper.
+FAR_OUT, RARE_BELOW = 3.5, -0.25
+# Levels at which a feature fires in all but 3 of ten million rows count as this one, whose rate is
+# finite in float32.
+HIGHEST = 5.0
 
 
 @dataclass(frozen=True)
 class Fired:
-    """Which features fired: m places of rows and features, each once, with their magnitudes."""
+    """Which features fired: m places of rows and features, each once, and how strongly."""
 
     rows: Tensor
     features: Tensor
@@ -43,7 +47,8 @@ class Firing:
 
     def __init__(self, features: Features, forest: Forest, scaled_by_parent: bool):
         self.features, self.forest, self.scaled_by_parent = features, forest, scaled_by_parent
-        is_rare = features.probability[forest.top] <= RARE
+        furthest = FAR_OUT * features.loading.norm(dim=1) - features.threshold
+        is_rare = furthest[forest.top] <= RARE_BELOW
         self._common = _Group(features, forest.top[~is_rare])
         self._rare = _Group(features, forest.top[is_rare])
         self._families = _Families(features, forest)
@@ -172,14 +177,16 @@ class _Families:
 
     def of(self, family: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return loading (m, branching, rank), threshold, mean and sd (m, branching) of m rows."""
-        loading, *others = self._table.index_select(0, family).split(self._widths, 1)
-        return loading.unflatten(1, (len(self.places), -1)), *others
+        parts = self._table.index_select(0, family).split(self._widths, 1)
+        loading, threshold, mean, sd = parts
+        return loading.unflatten(1, (len(self.places), -1)), threshold, mean, sd
 
 
 def _rate(level: Tensor) -> Tensor:
-    """Return −log(1 − Φ(level)) ≥ 0, for levels well below where Φ is 1 in float32."""
+    """Return −log(1 − Φ(level)), levels above HIGHEST counting as it."""
     # By erfc, since torch's own Φ loses the small probabilities that matter here.
-    return torch.log1p(torch.erfc(level * -(0.5**0.5)).mul_(-0.5)).neg_()
+    scaled = level.clamp(max=HIGHEST).mul_(-(0.5**0.5))
+    return torch.log1p(torch.erfc(scaled).mul_(-0.5)).neg_()
 
 
 def merged(parts: list[Fired], n_rows: int) -> Fired:

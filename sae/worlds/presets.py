@@ -69,7 +69,7 @@ TOY_MODEL: dict[str, Any] = {
     "d_in": 2,
     "sparsity": 0.9,
     "importance": 0.9,
-    "toy_steps": 3000,
+    "toy_steps": 1000,
 }
 ZIPF = ["zipf_exponent", "rarest", "commonest"]
 PRESETS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
@@ -79,6 +81,7 @@ class WorldSource:
                 f"{state.position['world']}, now {self._identity()}."
             )
         self.taken = state.position["taken"]
+        self._blocks.clear()
 
     def metadata(self) -> dict[str, object]:
         """Return which world a dictionary was trained in, with all its settings."""
@@ -97,14 +100,10 @@ class WorldSource:
     def _identity(self) -> dict[str, object]:
         """Return what rows follow from, beside the place, as JSON gives it back."""
         size = {"seed": self.seed, "lanes": self.n_lanes, "block_rows": self.world.block_rows}
-        kind = {"name": self.world.cfg.name, "device": self.world.device.type}
-        return {**kind, **size, "bias_and_directions": self._digest()}
-
-    def _digest(self) -> list[float]:
-        """Return a few numbers that tell one world from another."""
-        firing = self.world.firing.features
-        parts = (self.world.directions, firing.threshold.clamp(-99, 99), firing.mean, firing.sd)
-        return [round(float(part.double().abs().sum()), 3) for part in parts]
+        settings = json.dumps(asdict(self.world.cfg), sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        kind = {"name": self.world.cfg.name, "settings": digest}
+        return {**kind, **size, "device": self.world.device.type}
 
     def _rows(self, lane: int, n: int) -> list[Tensor]:
         """Return the lane's rows from `taken` on, in pieces of blocks."""

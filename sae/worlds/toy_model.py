@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BATCH = 1024
-LR = 1e-2
+BATCH = 256
+LR = 3e-2
 # Models trained side by side, of which the best is kept: a single one may end in a bad minimum.
 RESTARTS = 8
 
@@ -31,7 +31,7 @@ def train_toy_model(
     *,
     sparsity: float,
     importance: float,
-    steps: int = 3000,
+    steps: int = 1000,
     seed: int = 0,
 ) -> ToyModel:
     """Return the best of several models of n_features in n_hidden dimensions, on the CPU.

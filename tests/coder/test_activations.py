@@ -87,6 +87,15 @@ def test_batchtopk_selects_over_the_batch_and_follows_the_least():
 
 
 @torch.no_grad()
+def test_a_running_threshold_begins_at_the_first_batchs():
+    coder, x = make("batchtopk"), inputs()
+    coder.threshold.zero_()
+    coder.encode_training(x)
+    least = pre_acts_of(coder, x).flatten().sort(descending=True).values[K * N - 1]
+    torch.testing.assert_close(coder.threshold, least.expand(D_SAE))
+
+
+@torch.no_grad()
 def test_a_refined_batchtopk_follows_both_selections():
     coder = make("refined")
     before = coder.first_threshold.clone(), coder.threshold.clone()

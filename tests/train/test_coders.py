@@ -14,7 +14,7 @@ import sae
 from sae.train.tracking import read_metrics
 
 QUICK = {"d_sae": 48, "k": 4, "batch_tokens": 256, "progress": False, "step": "autograd"}
-SHORT = {**QUICK, "tokens": 2_560, "lr": 1e-2, "dead_after_tokens": 512}
+SHORT = {**QUICK, "tokens": 2_560, "lr": 1e-2, "dead_after_tokens": 512, "dead_refresh_steps": 1}
 
 
 def fit(activations: torch.Tensor, *, by: str = "autograd", **settings: Any) -> sae.SparseCoder:
@@ -72,7 +72,7 @@ def test_each_setting_changes_the_outcome(
 def test_the_rate_of_the_running_threshold_changes_where_it_ends(activations: torch.Tensor):
     slow, fast = (fit(activations, **BATCHTOPK, threshold_rate=rate) for rate in (0.01, 0.5))
     assert torch.equal(slow.W_dec, fast.W_dec)
-    assert float(slow.threshold[0]) < float(fast.threshold[0])
+    assert float(slow.threshold[0]) != float(fast.threshold[0])
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "matryoshka_gated"])

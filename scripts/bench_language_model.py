@@ -1,0 +1,119 @@
+"""Compare coders on a language model: trained on the same shards, measured on held-out documents.
+
+    python scripts/bench_language_model.py --shards shards/quickstart
+    python scripts/bench_language_model.py --configs configs/smollm2/jumprelu.yaml --seeds 0 1
+
+Every configuration is trained for every seed, saved, loaded and measured. The shards are written
+first where the folder is not there; all configurations must read what they hold. Runs that the JSON
+already has are skipped: the same command goes on after a stop.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarking import machine
+from benchmarking.coder_table import page
+
+import sae
+from sae.config import Config
+from sae.configuration import from_command_line
+from sae.evals import evaluate
+from sae.files import read_json, write_json, write_text
+from sae.stream.harvest import harvest
+from sae.stream.opening import OpenedModel, open_model
+from sae.train import run
+
+CONFIGS = machine.ROOT / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Train and measure what is missing; return the path of the JSON."""
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    date = datetime.now(UTC).date().isoformat()
+    path = options.out or machine.ROOT / "docs/benchmarks" / f"{date}-cpu-smollm2.json"
+    document = read_json(path) if path.exists() else _blank(date)
+    opened: OpenedModel | None = None
+    for seed in options.seeds:
+        for config in options.configs:
+            name = config.stem if config.stem != "quickstart" else "topk"
+            if any((row["coder"], row["seed"]) == (name, seed) for row in document["rows"]):
+                continue
+            cfg = configured(config, options, seed)
+            _require_shards(cfg, options.shards)
+            opened = opened or open_model(cfg, torch.device("cpu"))
+            document["rows"].append({"coder": name, "seed": seed, **measured(cfg, opened)})
+            write_json(path, document)
+            write_text(path.with_suffix(".md"), page(document))
+            print(document["rows"][-1], flush=True)
+    print(f"\n{page(document)}\nWritten: {path}")
+    return path
+
+
+def configured(config: Path, options: argparse.Namespace, seed: int) -> Config:
+    """Return a configuration that reads the shards."""
+    flags = ["--run.seed", str(seed), "--stream.shards", str(options.shards), *options.set]
+    return from_command_line([str(config), *flags], "bench_language_model")
+
+
+def measured(cfg: Config, opened: OpenedModel) -> dict[str, Any]:
+    """Train once and return what the saved dictionary is worth."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        kept = run(replace(cfg, run=replace(cfg.run, folder=f"{folder}/run")))
+        seconds = time.monotonic() - start
+        coder = sae.load(kept)
+    results = evaluate(
+        coder,
+        opened.held_out(),
+        lm=opened.lm,
+        hookpoint=opened.hookpoint,
+        names=cfg.eval.evals,
+        tokens=cfg.eval.tokens,
+        downstream_tokens=cfg.eval.downstream_tokens,
+        max_norm=coder.metadata.get("max_norm"),
+        seed=cfg.run.seed,
+    )
+    return {"seconds": seconds, "metrics": dict(results.metrics)}
+
+
+def _require_shards(cfg: Config, folder: Path) -> None:
+    if not folder.exists():
+        live = replace(cfg, stream=replace(cfg.stream, shards=None))
+        harvest(replace(live, harvest=replace(cfg.harvest, folder=str(folder))))
+
+
+def _blank(date: str) -> dict[str, Any]:
+    return {
+        "date": date,
+        "command": f"python scripts/bench_language_model.py {shlex.join(sys.argv[1:])}".rstrip(),
+        "machine": machine.describe(torch.device("cpu"), None),
+        "rows": [],
+    }
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    files = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "smollm2").glob("*.yaml"))]
+    parser.add_argument("--configs", type=Path, nargs="+", default=files)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shards", type=Path, default=Path("shards/quickstart"))
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="--KEY VALUE", help="for all runs")
+    parser.add_argument("--out", type=Path, help="the JSON; default: docs/benchmarks/, by date")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.train.fused_step import FusedStep
 from sae.train.latent_rows import reorder_latents_
-from sae.train.resampling import ENCODER_SHARE, is_due, resample_
+from sae.train.resampling import is_due, resample_
 from sae.train.state import TrainState
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -60,9 +60,13 @@ def test_resampling_begins_dead_latents_anew(
     assert len(set(chosen.tolist())) == 3
     if not coder.is_tied:
         alive = before["W_enc"][rest].norm(dim=1).mean()
-        expected = ENCODER_SHARE * alive * directions[chosen]
+        share = 1.0 if coder.cfg.activation == "topk" else 0.2
+        expected = share * alive * directions[chosen]
         torch.testing.assert_close(coder.W_enc[found], expected)
         assert not coder.b_enc[found].any()
+    if coder.cfg.activation == "jumprelu":
+        expected = 0.2 * before["threshold"][rest].mean()
+        torch.testing.assert_close(coder.threshold[found], expected.expand(3))
     check_optimiser(state, found, rest, old)
     assert state.dead.last_fired_at[found].tolist() == [state.tokens_seen] * 3
     assert state.dead.indices.numel() == 0

@@ -53,14 +53,18 @@ def test_each_setting_changes_the_outcome(
     assert not torch.equal(plain.W_enc, other.W_enc)
 
 
-def test_resampling_brings_dead_latents_back(activations: torch.Tensor):
-    settings = {**RESAMPLING, "tokens": 12_800, "k_aux": 0, "lr": 3e-3}
-    never = {**settings, "resample_every_tokens": None}
+@pytest.mark.parametrize(
+    "settings",
+    [{**FAR, "threshold_init": 1.5}, {"k": 2, "d_sae": 200}],
+    ids=["jumprelu", "topk"],
+)
+def test_resampling_brings_dead_latents_back(activations: torch.Tensor, settings: dict[str, Any]):
+    settings = {"tokens": 25_600, "k_aux": 0, "lr": 3e-3, "dead_after_tokens": 2_048, **settings}
     fired = [
-        int((fit(activations, **each).encode(activations) != 0).any(0).sum())
-        for each in (settings, never)
+        int((fit(activations, **settings, **each).encode(activations) != 0).any(0).sum())
+        for each in ({}, {"resample_every_tokens": 2_560})
     ]
-    assert fired[0] > 1.2 * fired[1]
+    assert fired[1] > 1.1 * fired[0] + 1
 
 
 @pytest.mark.parametrize(

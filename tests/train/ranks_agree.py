@@ -31,7 +31,7 @@ def main() -> None:
         dist.broadcast(first, 0)
         assert torch.equal(mine, first), name
     if sum(n_resampled):
-        print("resampled", n_resampled)
+        sys.stdout.write(f"resampled {n_resampled}\n")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ class Optimiser(Protocol):
         """Return the weights to keep by parameter name, where they are not those that train."""
         ...
 
-    def step_(self, coder: SparseCoder, lr: float, number: int) -> None:
+    def step_(self, coder: SparseCoder, lr: float, number: int, /) -> None:
         """Take step `number`, from 1, by the gradients that the parameters hold."""
         ...
 
-    def reset_latents_(self, coder: SparseCoder, latents: Tensor) -> None:
+    def reset_latents_(self, coder: SparseCoder, latents: Tensor, /) -> None:
         """Begin anew with `latents` (n) int64, whose weights were replaced."""
         ...
 

@@ -88,13 +88,11 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Return the part of the state that is tensors, by name; live tensors, not copies."""
         normaliser = self.calibration.normaliser.tensors()
+        ema = self.ema.tensors if self.ema else {}
         return {
             **{f"coder.{name}": value for name, value in coder_tensors(self.coder).items()},
             **{f"optimiser.{name}": value for name, value in self.optimiser.tensors().items()},
-            **{
-                f"ema.{name}": value
-                for name, value in (self.ema.tensors if self.ema else {}).items()
-            },
+            **{f"ema.{name}": value for name, value in ema.items()},
             **{f"normaliser.{name}": value for name, value in normaliser.items()},
             "mean": self.calibration.mean,
             "dead.indices": self.dead.indices,

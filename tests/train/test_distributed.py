@@ -86,6 +86,17 @@ def test_two_ranks_resume_exactly(tiny_config: Path, tmp_path: Path):
     assert_same_state(whole, folder)
 
 
+def test_two_ranks_resample_alike_and_train_one_coder_by_muon(tiny_config: Path):
+    """Each process keeps its own weights: the last save of one is what the other would save."""
+    flags = ["--train.optimizer", "muon", "--train.step", "autograd", "--train.ema_decay", "0.5"]
+    flags += ["--train.resample_every_tokens", "768", "--train.resample_until_fraction", "1"]
+    flags += ["--train.dead_after_tokens", "256", "--coder.d_sae", "256", "--coder.k", "1"]
+    script = ROOT / "tests" / "train" / "ranks_agree.py"
+    done = torchrun(script, tiny_config, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "resampled" in done.stdout
+
+
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
     tiny_config: Path, tmp_path: Path
 ):

@@ -11,7 +11,7 @@ import torch
 from user import run_sae
 
 from sae.config import Config
-from sae.configuration import from_command_line
+from sae.configuration import from_command_line, from_flat
 from sae.train import plan as planning
 from sae.train import run
 from sae.train.plan import Plan, Speed, buffer_bytes, duration, plan, with_small_buffer
@@ -130,3 +130,20 @@ def test_the_command_prints_a_table(tiny_config: Path):
     assert refused.returncode == 2
     assert "the run does not fit. memory:" in refused.stderr
     assert "Lower `stream.buffer_tokens`" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares"),
+    [
+        (("train.optimizer", "muon"), (1, 0)),
+        (("train.optimizer", "signum"), (2, 0)),
+        (("train.ema_decay", 0.9), (2, 1)),
+    ],
+)
+def test_optimisers_and_averages_are_counted(
+    cfg: Config, flags: tuple[str, object], shares: tuple[int, int]
+):
+    """In units of the coder's own size; a few vectors of Adam's are beside muon's momentum."""
+    found = plan(from_flat({flags[0]: flags[1], "train.step": "autograd"}, cfg), seconds=0.01)
+    parts = found.memory["optimiser"], found.memory["average"]
+    assert parts == pytest.approx([share * found.memory["coder"] for share in shares], rel=0.06)

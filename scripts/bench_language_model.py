@@ -26,10 +26,9 @@ from benchmarking.coder_table import page
 import sae
 from sae.config import Config
 from sae.configuration import from_command_line
-from sae.evals import evaluate
+from sae.evals.held_out import evaluate_held_out
 from sae.files import read_json, write_json, write_text
 from sae.stream.harvest import harvest
-from sae.stream.opening import OpenedModel, open_model
 from sae.train import run
 
 CONFIGS = machine.ROOT / "configs"
@@ -42,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     date = datetime.now(UTC).date().isoformat()
     path = options.out or machine.ROOT / "docs/benchmarks" / f"{date}-cpu-smollm2.json"
     document = read_json(path) if path.exists() else _blank(date)
-    opened: OpenedModel | None = None
     for seed in options.seeds:
         for config in options.configs:
             name = config.stem if config.stem != "quickstart" else "topk"
@@ -50,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 continue
             cfg = configured(config, options, seed)
             _require_shards(cfg, options.shards)
-            opened = opened or open_model(cfg, torch.device("cpu"))
-            document["rows"].append({"coder": name, "seed": seed, **measured(cfg, opened)})
+            document["rows"].append({"coder": name, "seed": seed, **measured(cfg)})
             write_json(path, document)
             write_text(path.with_suffix(".md"), page(document))
             print(document["rows"][-1], flush=True)
@@ -65,24 +62,14 @@ def configured(config: Path, options: argparse.Namespace, seed: int) -> Config:
     return from_command_line([str(config), *flags], "bench_language_model")
 
 
-def measured(cfg: Config, opened: OpenedModel) -> dict[str, Any]:
+def measured(cfg: Config) -> dict[str, Any]:
     """Train once and return what the saved dictionary is worth."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         kept = run(replace(cfg, run=replace(cfg.run, folder=f"{folder}/run")))
         seconds = time.monotonic() - start
         coder = sae.load(kept)
-    results = evaluate(
-        coder,
-        opened.held_out(),
-        lm=opened.lm,
-        hookpoint=opened.hookpoint,
-        names=cfg.eval.evals,
-        tokens=cfg.eval.tokens,
-        downstream_tokens=cfg.eval.downstream_tokens,
-        max_norm=coder.metadata.get("max_norm"),
-        seed=cfg.run.seed,
-    )
+    results = evaluate_held_out(coder, cfg)
     return {"seconds": seconds, "metrics": dict(results.metrics)}
 
 

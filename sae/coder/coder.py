@@ -58,6 +58,12 @@ class SparseCoder(nn.Module):
             what `with_memory` returns.
     """
 
+    # What an activation may add: there only where its row in `activations` says so.
+    threshold: Tensor
+    first_threshold: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    log_pressure: Tensor
     enc_shadow: Tensor | None = None
     dec_shadow: Tensor | None = None
     scratch: Tensor | None = None
@@ -152,10 +158,9 @@ class SparseCoder(nn.Module):
             return Encoding(strongest(wider, values.k), wider=wider)
         if row.encode is not None and not self.cfg.refine_step:
             return Encoding(row.encode(self, x, values))
-        assert row.select is not None
-        return self._encoded(
-            x, lambda pre_acts, is_first: row.select(self, pre_acts, values, is_first)
-        )
+        select = row.select
+        assert select is not None
+        return self._encoded(x, lambda pre_acts, is_first: select(self, pre_acts, values, is_first))
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (…, d_sae) of `x` (…, d_in)."""

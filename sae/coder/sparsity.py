@@ -57,6 +57,7 @@ def sparsity_loss(
 @torch.no_grad()
 def pressure_(coder: SparseCoder, latents: Tensor) -> Tensor:
     """Return the factor on the loss after a batch of latents (n, d_sae), a scalar; see above."""
+    assert coder.cfg.target_l0 is not None, "the caller asked"
     l0 = (latents != 0).sum(-1, dtype=torch.float32).mean()
     error = (l0 / coder.cfg.target_l0).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
     coder.log_pressure.add_(error, alpha=PRESSURE_RATE)

@@ -72,7 +72,7 @@ def test_saved_coders_work_on_raw_activations(
     """Each checkpoint and final/ against the training coder on normalised activations."""
     if activation == "matching_pursuit" and kind in ("standardise", "whiten"):
         with pytest.raises(ValueError, match="whose encoder is its decoder"):
-            sae.fit(activations, activation=activation, **settings(run=tmp_path, kind=kind))
+            sae.fit(activations, activation=activation, **settings(tmp_path, kind))
         return
     run, x = tmp_path / "run", activations[:256]
     returned = sae.fit(activations, activation=activation, **settings(run, kind))  # pyright: ignore

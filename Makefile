@@ -16,7 +16,7 @@ quickstart:
 
 test:
 	@$(PYTHON) scripts/install.py demo dev triton36
-	$(VENV)/bin/python -m pytest -n $(WORKERS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 check:
 	@$(PYTHON) scripts/install.py demo dev

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def activations() -> torch.Tensor:
     """4096 activations (n, 16), each the sum of two of 32 directions, far from the origin."""
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from user import ROOT, clean_environment, run_sae
+from safetensors.torch import load_file
+from user import ROOT, clean_environment, run_here
 
 import sae
 from sae.config import TrainConfig
@@ -49,25 +50,6 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProc
 def accelerate(*arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ("accelerate.commands.launch", "--main_process_port", free_port())
     return launch(*launcher, *arguments, ACCELERATE_USE_CPU="true")
-
-
-def test_two_ranks_train_one_coder_on_their_own_data(tiny_config: Path):
-    folder = tiny_config.parent / "run"
-    done = torchrun("scripts/train.py", tiny_config)
-    assert done.returncode == 0, done.stderr
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    assert {p.name for p in newest.glob("rank_*.json")} == {"rank_0.json", "rank_1.json"}
-    from safetensors.torch import load_file
-
-    buffers = [
-        load_file(newest / f"rank_{rank}.safetensors")[f"source.lane_{rank}.buffer.0"]
-        for rank in (0, 1)
-    ]
-    assert not torch.equal(buffers[0], buffers[1])
-    rows = read_metrics(folder)
-    assert rows[-1]["tokens"] == 24 * 128
-    assert rows[-1]["l0"] <= 4
-    assert rows[-1]["fvu"] < rows[0]["fvu"]
 
 
 def test_two_ranks_resume_exactly(tiny_config: Path, tmp_path: Path):
@@ -123,7 +105,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
 
 
 def on_one(_script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_sae("train", *arguments)
+    return run_here("train", *arguments)
 
 
 def test_processes_that_cannot_share_the_lanes_are_refused(tiny_config: Path):
@@ -134,8 +116,6 @@ def test_processes_that_cannot_share_the_lanes_are_refused(tiny_config: Path):
 
 def assert_same_state(first: Path, second: Path) -> None:
     """Compare all that two runs' last checkpoints hold, each rank's own counts too, and the log."""
-    from safetensors.torch import load_file
-
     newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (first, second)]
     for name in ("trainer", "rank_0", "rank_1"):
         one, other = (load_file(path / f"{name}.safetensors") for path in newest)
@@ -152,13 +132,22 @@ def test_accelerate_launch_on_one_and_two_processes(tiny_config: Path, tmp_path:
     one, two = tmp_path / "one", tmp_path / "two"
     done = accelerate("--num_processes", 1, "scripts/train.py", tiny_config, "--run.folder", one)
     assert done.returncode == 0, done.stderr
-    assert run_sae("train", tiny_config).returncode == 0
+    assert run_here("train", tiny_config).returncode == 0
     assert torch.equal(sae.load(one).W_enc, sae.load(tiny_config.parent / "run").W_enc)
     arguments = ["--multi_gpu", "--num_processes", 2, "scripts/train.py", tiny_config]
     done = accelerate(*arguments, "--run.folder", two)
     assert done.returncode == 0, done.stderr
     newest = sorted((two / "checkpoints").iterdir())[-1]
-    assert len(list(newest.glob("rank_*.json"))) == 2
+    assert {p.name for p in newest.glob("rank_*.json")} == {"rank_0.json", "rank_1.json"}
+    buffers = [
+        load_file(newest / f"rank_{rank}.safetensors")[f"source.lane_{rank}.buffer.0"]
+        for rank in (0, 1)
+    ]
+    assert not torch.equal(buffers[0], buffers[1]), "each reads data of its own"
+    rows = read_metrics(two)
+    assert rows[-1]["tokens"] == 24 * 128
+    assert rows[-1]["l0"] <= 4
+    assert rows[-1]["fvu"] < rows[0]["fvu"]
 
 
 HALVES = """
@@ -168,43 +157,58 @@ from accelerate import Accelerator
 from step_states import inputs_of, make
 
 torch.set_num_threads(1)
-step_name, clip, k_aux, folder = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder = sys.argv[1]
 accelerator = Accelerator(cpu=True)
 rank, world_size = accelerator.process_index, accelerator.num_processes
 x = torch.load(folder + "/x.pt")
-settings = {"coder.d_sae": 128, "coder.k_aux": k_aux, "train.dead_after_tokens": 512}
-if clip:
-    settings["train.grad_clip_norm"] = clip
-state, step = make(x, step_name, **settings)
-for i in range(20):
-    if i % 5 == 0:
-        state.dead.refresh(state.tokens_seen)
-    batch = inputs_of(state, 1, 256)[0]
-    step([batch.chunk(world_size)[rank]], 1e-3)
-    state.step = i + 1
-state.dead.refresh(state.tokens_seen)
-tensors = {name: t.detach() for name, t in state.tensors().items()}
-torch.save(tensors | state.metrics.sums, f"{folder}/{step_name}_{world_size}_{rank}.pt")
+
+
+def train(step_name, clip, k_aux):
+    settings = {"coder.d_sae": 128, "coder.k_aux": k_aux, "train.dead_after_tokens": 512}
+    if clip:
+        settings["train.grad_clip_norm"] = clip
+    state, step = make(x, step_name, **settings)
+    for i in range(20):
+        if i % 5 == 0:
+            state.dead.refresh(state.tokens_seen)
+        batch = inputs_of(state, 1, 256)[0]
+        step([batch.chunk(world_size)[rank]], 1e-3)
+        state.step = i + 1
+    state.dead.refresh(state.tokens_seen)
+    tensors = {name: t.detach() for name, t in state.tensors().items()}
+    name = f"{step_name}_{world_size}_{rank}_{k_aux}.pt"
+    torch.save(tensors | state.metrics.sums, f"{folder}/{name}")
+
+
+for clip, k_aux in ((0.0, 8), (0.05, 0)):
+    for step_name in ("fused", "autograd"):
+        train(step_name, clip, k_aux)
 """
 
 
-@pytest.mark.parametrize(("clip", "k_aux"), [(0.0, 8), (0.05, 0)])
-def test_two_halves_of_a_batch_are_the_batch(
-    activations: torch.Tensor, tmp_path: Path, clip: float, k_aux: int
-):
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory, activations: torch.Tensor) -> Path:
+    """A folder of what two processes trained on their halves of each batch, and one on all."""
+    folder = tmp_path_factory.mktemp("halves")
+    script = folder / "halves.py"
+    script.write_text(HALVES)
+    torch.save(activations, folder / "x.pt")
+    path = f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'train'}"
+    for launcher in (torchrun, alone):
+        done = launcher(script, folder, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("k_aux", [8, 0])
+def test_two_halves_of_a_batch_are_the_batch(halves: Path, k_aux: int):
     """The fused step on two ranks is that on one, and autograd's; both ranks hold the same bits.
 
-    (AuxK's share is of each rank's own residual, so with it one rank is a little different.)
+    (AuxK's share is of each rank's own residual, so with it one rank is a little different.
+    Without it the gradient is clipped.)
     """
-    script = tmp_path / "halves.py"
-    script.write_text(HALVES)
-    torch.save(activations, tmp_path / "x.pt")
-    path = f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'train'}"
-    for step, launcher in (("fused", torchrun), ("autograd", torchrun), ("fused", alone)):
-        done = launcher(script, step, clip, k_aux, tmp_path, PYTHONPATH=path)
-        assert done.returncode == 0, done.stderr
     names = ("fused_2_0", "fused_2_1", "autograd_2_0", "fused_1_0")
-    ranks = {name: torch.load(tmp_path / f"{name}.pt") for name in names}
+    ranks = {name: torch.load(halves / f"{name}_{k_aux}.pt") for name in names}
     assert bool(len(ranks["fused_2_0"]["dead.indices"])) == bool(k_aux)
     for name, value in ranks["fused_2_0"].items():
         other = ranks["fused_2_1"][name]
@@ -248,7 +252,7 @@ def test_copies_that_would_not_see_each_other_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_tasks_of_a_cluster_launcher_that_do_not_join_are_refused(tiny_config: Path, variable: str):
-    done = run_sae("train", tiny_config, **{variable: "4"})
+    done = run_here("train", tiny_config, **{variable: "4"})
     assert done.returncode == 2
     assert "4 were launched" in done.stderr
 

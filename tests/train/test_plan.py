@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from user import run_sae
+from user import run_here
 
 from sae.config import Config
 from sae.configuration import from_command_line, from_flat
@@ -120,13 +121,13 @@ def test_lanes_come_from_the_run_that_is_continued(cfg: Config):
     assert with_lanes(cfg, folder, 1).stream.lanes == 2
 
 
-@pytest.mark.slow
-def test_the_command_prints_a_table(tiny_config: Path):
-    done = run_sae("plan", tiny_config)
+def test_the_command_prints_a_table(tiny_config: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "plan", partial(plan, seconds=0.1))
+    done = run_here("plan", tiny_config)
     assert done.returncode == 0, done.stderr
     for words in ("peak", "shuffle buffer", "checkpoints", "a step", "in 24 steps", "in all"):
         assert words in done.stdout
-    refused = run_sae("plan", tiny_config, "--stream.buffer_tokens", "9000000000")
+    refused = run_here("plan", tiny_config, "--stream.buffer_tokens", "9000000000")
     assert refused.returncode == 2
     assert "the run does not fit. memory:" in refused.stderr
     assert "Lower `stream.buffer_tokens`" in refused.stderr

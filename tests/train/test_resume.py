@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from user import ROOT, clean_environment, command, run_sae
+from user import ROOT, clean_environment, command, run_here
 
 import sae
 from sae.configuration import from_command_line
@@ -90,7 +90,7 @@ def test_stop_and_resume_is_the_uninterrupted_run(
 def test_kill_9_and_resume_is_the_uninterrupted_run(tiny_config: Path, tmp_path: Path):
     flags = ["--train.tokens", str(120 * 128), "--train.log_every_steps", "20"]
     whole = tmp_path / "whole"
-    assert run_sae("train", tiny_config, *flags, "--run.folder", whole).returncode == 0
+    assert run_here("train", tiny_config, *flags, "--run.folder", whole).returncode == 0
     folder = tiny_config.parent / "run"
     process = subprocess.Popen(
         command("train", tiny_config, *flags),
@@ -104,7 +104,7 @@ def test_kill_9_and_resume_is_the_uninterrupted_run(tiny_config: Path, tmp_path:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "final").exists()
-    done = run_sae("train", tiny_config, *flags, "--train.resume", "auto")
+    done = run_here("train", tiny_config, *flags, "--train.resume", "auto")
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, folder)
 
@@ -212,5 +212,5 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_checkpoint(tiny_config
     folder = tiny_config.parent / "run/checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step_00000006"]
     assert torch.isfinite(sae.load(folder / "step_00000006").W_enc).all()
-    done = run_sae("train", tiny_config, "--train.resume", "auto")
+    done = run_here("train", tiny_config, "--train.resume", "auto")
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
+
+from sae.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,3 +37,19 @@ def run_sae(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]
         env=clean_environment(**more),
         cwd=ROOT,
     )
+
+
+def run_here(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `sae …` in this process, which spares a start."""
+    words = list(map(str, arguments))
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        patch.dict(os.environ, clean_environment(**more), clear=True),
+    ):
+        try:
+            main(words)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())

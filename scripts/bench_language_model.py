@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 def configured(config: Path, options: argparse.Namespace, seed: int) -> Config:
     """Return a configuration that reads the shards."""
-    flags = ["--run.seed", str(seed), "--stream.shards", str(options.shards), *options.set]
+    settings = {"run.seed": str(seed), "stream.shards": str(options.shards)}
+    settings |= dict(word.split("=", 1) for word in options.set)
+    flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
     return from_command_line([str(config), *flags], "bench_language_model")
 
 
@@ -97,7 +99,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shards", type=Path, default=Path("shards/quickstart"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="--KEY VALUE", help="for all runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--out", type=Path, help="the JSON; default: docs/benchmarks/, by date")
     return parser.parse_args(arguments)
 

@@ -76,9 +76,12 @@ def measured(cfg: Config) -> dict[str, Any]:
 
 
 def _require_shards(cfg: Config, folder: Path) -> None:
-    if not folder.exists():
-        live = replace(cfg, stream=replace(cfg.stream, shards=None))
-        harvest(replace(live, harvest=replace(cfg.harvest, folder=str(folder))))
+    """Write what a run reads, unless it is there; `--set harvest.tokens=…` asks for more."""
+    if folder.exists():
+        return
+    tokens = cfg.harvest.tokens or -(-cfg.train.tokens // cfg.stream.reuse)
+    live = replace(cfg, stream=replace(cfg.stream, shards=None))
+    harvest(replace(live, harvest=replace(cfg.harvest, folder=str(folder), tokens=tokens)))
 
 
 def _blank(date: str) -> dict[str, Any]:
@@ -101,7 +104,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--out", type=Path, help="the JSON; default: docs/benchmarks/, by date")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if bad := [word for word in options.set if "=" not in word]:
+        parser.error(f"`--set` must be KEY=VALUE; got {bad[0]!r}.")
+    return options
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
-    return [row[key] if key in row else row["metrics"][key] for row in rows]
+    """Return what is defined: some metrics are not where there is nothing to recover."""
+    found = [row[key] if key in row else row["metrics"][key] for row in rows]
+    return [value for value in found if value is not None]
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
@@ -58,5 +60,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def _spread(rows: list[dict[str, Any]], key: str, digits: int) -> str:
     values = _values(rows, key)
+    if not values:
+        return "–"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -131,7 +131,7 @@ def select_jumprelu(coder: SparseCoder, pre_acts: Tensor, _: StepValues, __: boo
     with torch.no_grad():
         coder.threshold.clamp_min_(0)
     cfg = coder.cfg
-    return jumprelu(pre_acts, coder.threshold, cfg.bandwidth, reaches_x=cfg.ste_to_encoder)
+    return jumprelu(pre_acts, coder.thresholds(), cfg.bandwidth, reaches_x=cfg.ste_to_encoder)
 
 
 def select_relu(_: SparseCoder, pre_acts: Tensor, __: StepValues, ___: bool) -> Tensor:

@@ -52,7 +52,8 @@ class SparseCoder(nn.Module):
         W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in). matching_pursuit has one matrix
             under both names, and a b_enc that stays zero.
         threshold (batchtopk, jumprelu), r_mag, b_mag (gated), each (d_sae): see `activations`.
-        log_pressure: a scalar, where `coder.target_l0` moves the sparsity loss's weight.
+        log_pressure: a scalar, where `coder.target_l0` moves the sparsity loss's weight, or the
+            thresholds (jumprelu): 0 once training is over.
         enc_shadow, dec_shadow: 16-bit copies of the weights for the fused step's matmuls and
             gathers. scratch: memory for a chunk of pre-activations. All are None everywhere but in
             what `with_memory` returns.
@@ -95,7 +96,7 @@ class SparseCoder(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
-        if self.cfg.target_l0 is not None and self.cfg.sparsity_loss != "quadratic":
+        if self.cfg.target_l0 is not None:
             self.register_buffer("log_pressure", torch.zeros(()))
 
     @property
@@ -161,6 +162,11 @@ class SparseCoder(nn.Module):
         select = row.select
         assert select is not None
         return self._encoded(x, lambda pre_acts, is_first: select(self, pre_acts, values, is_first))
+
+    def thresholds(self) -> Tensor:
+        """Return what pre-activations must exceed, (d_sae), steered where there is a target."""
+        is_steered = self.cfg.sparsity_loss == "quadratic"
+        return self.threshold * self.log_pressure.exp() if is_steered else self.threshold
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code (…, d_sae) of `x` (…, d_in)."""

@@ -26,7 +26,7 @@ def pre_act_loss(inputs: LossInputs) -> Tensor:
         return inputs.residual.new_zeros(())
     assert inputs.pre_acts is not None, "dense activations keep their pre-activations"
     pre_acts = inputs.pre_acts[:, dead]
-    threshold = coder.threshold[dead] if hasattr(coder, "threshold") else 0.0
+    threshold = coder.thresholds()[dead] if hasattr(coder, "threshold") else 0.0
     norms = coder.W_dec.detach()[dead].norm(dim=1)
     below = torch.relu(threshold - pre_acts) @ norms
     return coder.cfg.dead_penalty * below.mean()

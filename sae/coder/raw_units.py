@@ -76,10 +76,14 @@ def with_layer_norm(coder: SparseCoder) -> SparseCoder:
     return raw
 
 
+@torch.no_grad()
 def _copy(coder: SparseCoder) -> SparseCoder:
     """Return a copy in CPU memory."""
     copied = SparseCoder(coder.d_in, coder.cfg, coder.metadata, has_layer_norm=coder.has_layer_norm)
     copied.load_state_dict(coder.state_dict())
+    if copied.cfg.sparsity_loss == "quadratic":  # what steered the thresholds goes into them
+        copied.threshold.copy_(copied.thresholds())
+        copied.log_pressure.zero_()
     return copied
 
 

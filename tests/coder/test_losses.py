@@ -10,7 +10,7 @@ import torch
 from coder_variants import VARIANTS, make_variant
 from torch import Tensor
 
-from sae.coder import SparseCoder
+from sae.coder import SparseCoder, to_raw_units
 from sae.coder.latents import to_dense
 from sae.coder.losses import LossInputs, extra_losses
 from sae.coder.reconstruction import reconstruct, token_mean
@@ -23,6 +23,8 @@ D_IN, D_SAE, K, N = 12, 40, 5, 16
 def make(name: str, **settings) -> SparseCoder:
     coder = make_variant(name, d_in=D_IN, d_sae=D_SAE, k=K).double()
     coder.cfg = replace(coder.cfg, **settings)
+    if coder.cfg.target_l0 is not None:
+        coder.register_buffer("log_pressure", torch.zeros((), dtype=torch.float64))
     return coder
 
 
@@ -156,7 +158,23 @@ def test_pressure_adds_up_the_error_and_answers_it():
     )
 
 
-@pytest.mark.parametrize("name", [n for n, s in VARIANTS.items() if s.get("target_l0")])
-def test_only_a_steered_loss_has_a_pressure(name: str):
-    is_steered = VARIANTS[name].get("sparsity_loss") != "quadratic"
-    assert hasattr(make(name), "log_pressure") == is_steered
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_a_coder_with_a_target_has_a_pressure(name: str):
+    assert hasattr(make(name), "log_pressure") == ("target_l0" in VARIANTS[name])
+
+
+def test_thresholds_are_steered_to_the_target():
+    """They move at once, and by shares: a gradient would take them there by a rate a step."""
+    coder, x = make("jumprelu_quadratic"), inputs()
+    with torch.no_grad():
+        coder.threshold.fill_(0.01)
+    for _ in range(300):
+        losses_of(coder, x)
+    l0 = (coder.encode(x) != 0).double().sum(1).mean()
+    assert float(l0) == pytest.approx(3.0, rel=0.05)
+    assert (coder.threshold == 0.01).all()
+    coder, x = coder.float(), x.float()
+    raw = to_raw_units(coder, 2.0)
+    assert float(raw.log_pressure) == 0
+    torch.testing.assert_close(raw.threshold, coder.thresholds() / 2)
+    torch.testing.assert_close(raw.encode(x / 2), coder.encode(x) / 2, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # e-fold in 70 batches, and L0 falls below the target by no more than a tenth on its way.
 PRESSURE_RATE = 0.02
 PRESSURE_GAIN = 0.5
+# Thresholds follow faster: a batch's L0 answers them at once, and the encoder drifts meanwhile.
+THRESHOLD_RATE = 0.1
 LARGEST_ERROR = 2.0
 # Below this a latent's p-norm stops growing steeper: its slope at 0 would be infinite.
 P_NORM_FLOOR = 1e-3
@@ -55,17 +57,19 @@ def sparsity_loss(
     loss = cfg.sparsity_coefficient * values.sparsity * loss
     if cfg.target_l0 is None:
         return loss
-    pressure = pressure_(coder, latents)
-    return loss if cfg.sparsity_loss == "quadratic" else loss * pressure
+    if cfg.sparsity_loss == "quadratic":
+        pressure_(coder, latents, THRESHOLD_RATE)
+        return loss
+    return loss * pressure_(coder, latents)
 
 
 @torch.no_grad()
-def pressure_(coder: SparseCoder, latents: Tensor) -> Tensor:
+def pressure_(coder: SparseCoder, latents: Tensor, rate: float = PRESSURE_RATE) -> Tensor:
     """Return the factor on the loss after a batch of latents (n, d_sae), a scalar; see above."""
     assert coder.cfg.target_l0 is not None, "the caller asked"
     l0 = (latents != 0).sum(-1, dtype=torch.float32).mean()
     error = (l0 / coder.cfg.target_l0).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
-    coder.log_pressure.add_(error, alpha=PRESSURE_RATE)
+    coder.log_pressure.add_(error, alpha=rate)
     return (coder.log_pressure + PRESSURE_GAIN * error).exp()
 
 

@@ -406,7 +406,7 @@ class CoderConfig:
     signed: bool = False
     """Select latents by magnitude and let them be negative (topk)."""
 
-    threshold_rate: float = 0.01
+    threshold_rate: float = 0.02
     """Share by which the running threshold, which stands for the batch once training is over, moves
     to each batch's own (batchtopk), in (0, 1]."""
 

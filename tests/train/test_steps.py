@@ -191,7 +191,8 @@ def test_batchtopk_and_prefixes_are_their_definition(
         for x in batch:
             pre_acts = torch.relu((x - coder.b_dec) @ coder.W_enc.T + coder.b_enc)
             least = pre_acts.flatten().topk(coder.cfg.k * len(x)).values[-1]
-            moved = threshold + 0.01 * (float(least.detach()) - threshold)
+            rate = state.coder.cfg.threshold_rate
+            moved = threshold + rate * (float(least.detach()) - threshold)
             threshold = moved if threshold else float(least.detach())
             latents = pre_acts.where(pre_acts >= least, 0)
             loss = torch.zeros(())

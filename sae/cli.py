@@ -92,7 +92,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         flags += ["--eval.evals", *checked_names(names.split(","))]
     coder = load(place)
     target = results_file(place, out)
-    cfg = configuration_of(place, coder.metadata, flags)
+    cfg = configuration_of(place, {**coder.metadata, "site": coder.cfg.site}, flags)
     with progress_bar() as tell:
         results = evaluate_held_out(coder, cfg, tell)
     write_results(results, target)
@@ -195,6 +195,9 @@ def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
         known = {
             "model_name": "model.name",
             "hook_name": "model.hookpoint",
+            "hook_name_out": "model.target",
+            "model_other": "model.other",
+            "site": "coder.site",
             "context_size": "data.context_size",
         }
         told = {key: metadata[name] for name, key in known.items() if metadata.get(name)}

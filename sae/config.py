@@ -27,6 +27,7 @@ MomentFormat = Literal["fp32", "bf16", "8bit"]
 OptimizerName = Literal["adam", "muon", "signum"]
 DecayName = Literal["linear", "cosine", "none"]
 NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
+SiteName = Literal["sae", "transcoder", "crosscoder", "cross_layer"]
 SparsityLossName = Literal["l1", "p_norm", "tanh", "step", "quadratic"]
 TrackerName = Literal["wandb", "tensorboard"]
 WorldName = Literal["", "synth_16k", "synth_1k", "matryoshka_toy", "toy_model"]
@@ -64,8 +65,13 @@ class ModelConfig:
 
     hookpoint: str = ""
     """Module path whose activations are read, such as `model.layers.8`; `*` globs; `:in` or `:out`
-    names the side (default out); commas separate several. Training one dictionary needs exactly
-    one module."""
+    names the side (default out); commas separate several. An sae and a transcoder read exactly one
+    module, a crosscoder and a cross_layer transcoder several."""
+
+    target: str | None = None
+    """Module path, like `hookpoint`, whose activations a transcoder writes; for cross_layer as many
+    as there are hookpoints, in their order. None for an sae and a crosscoder, which write what they
+    read."""
 
     other: str | None = None
     """A second model that reads the same tokens, at the same hookpoints, for comparing the two; it
@@ -397,6 +403,17 @@ class CoderConfig:
     expansion_factor: int | None = None
     """d_sae / d_in, used where d_sae is None; None: 8."""
 
+    site: SiteName = "sae"
+    """What is read and written: sae, one place; transcoder, from `model.hookpoint` to
+    `model.target`; crosscoder, several places or two models with one code; cross_layer, from
+    several layers, each latent to its own layer's target and to all later ones."""
+
+    skip: bool = False
+    """Add a learned affine map of what is read to what is written (transcoder)."""
+
+    tie_decoders: bool = False
+    """Let a latent write the same to every layer that it writes to (cross_layer)."""
+
     activation: ActivationName = "topk"
     """The sparsifying activation function."""
 
@@ -518,6 +535,7 @@ class CoderConfig:
         if self.d_sae is not None:
             require_fits(self, self.d_sae)
         _require_coherent(self)
+        _require_for_site(self)
 
 
 def require_fits(coder: CoderConfig, d_sae: int) -> None:
@@ -623,6 +641,37 @@ def _require_coherent(coder: CoderConfig) -> None:
         "must be left out where `coder.refine_step` is given",
         coder.multi_k,
         "Choose one of the two.",
+    )
+
+
+# Which sites a setting is for, where it is not for all.
+SITES_FOR: dict[str, tuple[SiteName, ...]] = {
+    "skip": ("transcoder",),
+    "tie_decoders": ("cross_layer",),
+    "refine_step": ("sae", "crosscoder"),
+    "prefixes": ("sae", "transcoder", "crosscoder"),
+    "random_prefixes": ("sae", "transcoder", "crosscoder"),
+    "multi_k": ("sae", "crosscoder"),
+}
+
+
+def _require_for_site(coder: CoderConfig) -> None:
+    """Refuse what a coder of another place, or of several, has no meaning for."""
+    for name, sites in SITES_FOR.items():
+        _require(
+            not getattr(coder, name) or coder.site in sites,
+            f"coder.{name}",
+            f"is a setting of `coder.site` {', '.join(sites)}",
+            coder.site,
+            "Leave it out or choose one of these as `coder.site`.",
+        )
+    _require(
+        coder.activation != "matching_pursuit" or coder.site == "sae",
+        "coder.activation",
+        f"must be another one for `coder.site: {coder.site}`: matching pursuit reconstructs what "
+        "it reads",
+        coder.activation,
+        "Use topk.",
     )
 
 
@@ -887,6 +936,56 @@ class Config:
             "Use mean_norm.",
         )
         _require_schedules_fit(self)
+        _require_site_fits(self)
+
+
+def _require_site_fits(cfg: Config) -> None:
+    """Refuse what names other places, or asks more, than the coder's site has."""
+    site, names_target = cfg.coder.site, cfg.coder.site in ("transcoder", "cross_layer")
+    if cfg.model.hookpoint:
+        _require(
+            bool(cfg.model.target) == names_target,
+            "model.target",
+            "must name what is written for a transcoder and cross_layer, and be left out for an "
+            f"sae and a crosscoder, here `coder.site: {site}`",
+            cfg.model.target,
+            "Give the module whose output is to be written, or choose `coder.site: transcoder`.",
+        )
+    _require(
+        cfg.model.other is None or not names_target,
+        "model.other",
+        f"must be left out for `coder.site: {site}`, which is of one model",
+        cfg.model.other,
+        "Leave it out or set `coder.site: crosscoder`.",
+    )
+    _require(
+        site == "sae" or cfg.stream.normalisation != "layer_norm",
+        "stream.normalisation",
+        f"must not be layer_norm for `coder.site: {site}`, which has no one token to undo it by",
+        cfg.stream.normalisation,
+        "Use mean_norm.",
+    )
+    _require(
+        not cfg.coder.tie_decoders or cfg.stream.normalisation in ("none", "mean_norm"),
+        "stream.normalisation",
+        "must be none or mean_norm for `coder.tie_decoders`, whose one decoder serves all layers",
+        cfg.stream.normalisation,
+        "Use mean_norm.",
+    )
+    _require(
+        site in ("sae", "crosscoder") or cfg.train.resample_every_tokens is None,
+        "train.resample_every_tokens",
+        f"must be left out for `coder.site: {site}`, whose latents do not write what they read",
+        cfg.train.resample_every_tokens,
+        "Leave it out; AuxK revives latents.",
+    )
+    _require(
+        not (cfg.world.name and site != "sae"),
+        "coder.site",
+        "must be sae on a world, which has one place",
+        site,
+        "Use `sae.fit` for rows of several places.",
+    )
 
 
 def _require_schedules_fit(cfg: Config) -> None:

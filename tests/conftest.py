@@ -67,7 +67,11 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run_tree(tiny_lm_folder: Path, tiny_text_file: Path) -> dict[str, dict]:
     """The YAML tree of a run on the tiny model that trains, evaluates and reports in seconds."""
     return {
-        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
+        "model": {
+            "name": str(tiny_lm_folder),
+            "hookpoint": "model.layers.1",
+            "dtype": "float32",  # auto is bfloat16 on a CPU that multiplies it
+        },
         "data": {"source": str(tiny_text_file), "context_size": 32, "held_out_fraction": 0.2},
         "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
         "coder": {"d_sae": 96, "k": 4},

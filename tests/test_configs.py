@@ -7,18 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.config import ActivationName
+from sae.coder.sites import Sites
+from sae.config import ActivationName, CoderConfig, SiteName
 from sae.configuration import from_command_line
 from sae.train.run import resolve
 
 FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 CPU = torch.device("cpu")
+N_PLACES: dict[SiteName, int] = {"sae": 1, "transcoder": 2, "crosscoder": 3, "cross_layer": 8}
+
+
+def sites_like(site: SiteName) -> Sites:
+    return Sites.of(CoderConfig(site=site), (256,) * N_PLACES[site])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_configuration_resolves_without_a_warning(path: Path):
     cfg = from_command_line([str(path)], "sae train")
-    resolved = resolve(cfg, 256, None, CPU)
+    resolved = resolve(cfg, sites_like(cfg.coder.site), None, CPU)
     assert resolved.train.lr
     assert resolved.coder.d_sae
 

@@ -28,7 +28,10 @@ TEXTS_FILE = "features.json"
 
 
 class Coder(Encodes, Protocol):
-    """What `build_atlas` needs of a dictionary: `encode_sparse`, `d_sae` and the decoder rows."""
+    """What `build_atlas` needs of a dictionary: `encode_sparse`, `d_sae` and the decoder rows.
+
+    Of a dictionary that writes to several places the last is shown (`last_written`).
+    """
 
     @property
     def W_dec(self) -> Tensor: ...
@@ -139,10 +142,11 @@ def build_atlas(
     features = collect_features(
         coder, contexts, contexts_per_latent=contexts_per_latent, max_tokens=max_tokens
     )
-    readout, note = find_readout(lm.module, coder.W_dec.shape[1])
+    written = last_written(coder)
+    readout, note = find_readout(lm.module, written.shape[1])
     effects = None
     if readout is not None:
-        effects = logit_effects(readout, coder.W_dec, vocabulary=len(lm.tokenizer))
+        effects = logit_effects(readout, written, vocabulary=len(lm.tokenizer))
     ids = _used_ids(features, effects)
     return Atlas(
         features,
@@ -151,6 +155,12 @@ def build_atlas(
         dict(zip(ids, token_texts(lm.tokenizer, ids), strict=True)),
         (f"No logit effects: {note}",) if note else (),
     )
+
+
+def last_written(coder: Coder) -> Tensor:
+    """Return what latents write to the last of their places, (d_sae, d)."""
+    sites = getattr(coder, "sites", None)
+    return coder.W_dec if sites is None else coder.W_dec[:, -sites.written_widths[-1] :]
 
 
 def _used_ids(features: Features, effects: LogitEffects | None) -> list[int]:

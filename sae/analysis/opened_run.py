@@ -25,6 +25,7 @@ class OpenedRun:
     lm: LanguageModel
     hookpoint: Hookpoint
     atlas: Atlas
+    target: Hookpoint | None = None  # what a transcoder writes
 
     @torch.no_grad()
     def generate(self, prompt: str, n_tokens: int = 20) -> str:
@@ -42,4 +43,5 @@ def open_run(run: str | Path) -> OpenedRun:
     atlas = Atlas.load(run)
     lm = load_language_model(cfg.model, model_device(cfg, pick_device(cfg.run.device)))
     hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
-    return OpenedRun(load(run).to(lm.device), lm, hookpoint, atlas)
+    target = find_hookpoint(lm.module, cfg.model.target) if cfg.model.target else None
+    return OpenedRun(load(run).to(lm.device), lm, hookpoint, atlas, target)

@@ -11,6 +11,7 @@ from sae.config import Config
 from sae.interop import load
 from sae.stream.live import captured_contexts
 from sae.stream.opening import open_model, pick_device
+from sae.stream.reader import Reader
 
 
 def report_run(run: Path, cfg: Config, tell: Callable[[str], None] = lambda _: None) -> Path:
@@ -26,8 +27,7 @@ def report_run(run: Path, cfg: Config, tell: Callable[[str], None] = lambda _: N
         coder.to(opened.lm.device),
         opened.lm,
         captured_contexts(
-            opened.lm,
-            opened.hookpoint,
+            Reader(opened.lm, opened.hookpoints, opened.other),
             opened.held_out(),
             max_norm=max_norm if isinstance(max_norm, float) else None,
         ),

@@ -3,6 +3,8 @@
 latents = act((x − b_dec) W_encᵀ + b_enc),   x_hat = latents W_dec + b_dec
 
 Row j of W_enc and of W_dec belongs to latent j, and so does entry j of what an activation adds.
+What x is, and what is written, is the site's (`sites`): where a coder writes another place than it
+reads, b_dec belongs to what is written and is not taken from x; a skip adds x W_skipᵀ.
 Losses live in `losses`, files in `dictionary`, starting values in `initialisation`, the way from a
 trained coder to raw activations in `raw_units`.
 """
@@ -18,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 import sae_kernels
+from sae.coder import cross_layer
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.latents import Latents, SparseCode, from_dense, strongest, to_dense
 from sae.coder.layer_norm import layer_norm, token_moments, undo_layer_norm
 from sae.coder.pre_acts import Select, pre_activations, refined
+from sae.coder.sites import Sites
 from sae.coder.sparsity import DEFAULT_COEFFICIENTS
 from sae.coder.step_values import StepValues
 from sae.config import SPARSITY_LOSSES, CoderConfig, require_fits
 
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_AUXK = ("topk", "batchtopk")  # by the others AuxK is used on demand
+OF_NO_LATENT = ("b_dec", "W_skip")  # the parameters that have no row or entry a latent
 
 
 class Encoding(NamedTuple):
@@ -49,8 +54,12 @@ class SparseCoder(nn.Module):
         metadata: what the dictionary was made from (model_name, hook_name, …); saved with it.
         has_layer_norm: whether the coder norms every token that it is given (`layer_norm`). Then
             the code and `decode` are in normed units; `decode_for` and the call give x's own.
-        W_enc, W_dec: (d_sae, d_in). b_enc: (d_sae). b_dec: (d_in). matching_pursuit has one matrix
-            under both names, and a b_enc that stays zero.
+        sites: the places that are read and written.
+        d_in, d_out: numbers of a token that are read, and written.
+        W_enc: (d_sae, d_in). W_dec: (d_sae, d_out). b_enc: (d_sae). b_dec: (d_out).
+            matching_pursuit has one matrix under both names, and a b_enc that stays zero;
+            `cross_layer` has shapes of its own.
+        W_skip: (d_out, d_in), where `coder.skip` asks for it.
         threshold (batchtopk, jumprelu), r_mag, b_mag (gated), each (d_sae): see `activations`.
         log_pressure: a scalar, where `coder.target_l0` moves the sparsity loss's weight, or the
             thresholds (jumprelu): 0 once training is over.
@@ -59,6 +68,7 @@ class SparseCoder(nn.Module):
             what `with_memory` returns.
     """
 
+    W_skip: Tensor | None
     # What an activation may add: there only where its row in `activations` says so.
     threshold: Tensor
     first_threshold: Tensor
@@ -76,20 +86,26 @@ class SparseCoder(nn.Module):
         metadata: dict[str, object] | None = None,
         *,
         has_layer_norm: bool = False,
+        sites: Sites | None = None,
     ):
         super().__init__()
-        self.cfg = resolve(cfg, d_in)
-        self.d_in, self.d_sae = d_in, d_sae_of(self.cfg, d_in)
+        self.sites = sites or Sites((d_in,))
+        self.cfg = resolve(cfg, self.sites)
+        self.d_in, self.d_out = self.sites.d_in, self.sites.d_out
+        self.d_sae = d_sae_of(self.cfg, self.sites)
         self.metadata: dict[str, object] = dict(metadata or {})
         self.has_layer_norm = has_layer_norm
-        self.W_enc = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        d_read, d_written = _row_widths(self.cfg, self.sites)
+        self.W_enc = nn.Parameter(torch.empty(self.d_sae, d_read))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         if self.is_tied:
             self.W_dec = self.W_enc
             self.register_buffer("b_enc", torch.zeros(self.d_sae))
         else:
-            self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
+            self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_written))
             self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        skip = nn.Parameter(torch.zeros(self.d_out, self.d_in)) if self.cfg.skip else None
+        self.register_parameter("W_skip", skip)
         own = ACTIVATIONS[self.cfg.activation].own
         for name, tensor in (own(self) if own else {}).items():
             if isinstance(tensor, nn.Parameter):
@@ -105,6 +121,16 @@ class SparseCoder(nn.Module):
         return self.cfg.activation == "matching_pursuit"
 
     @property
+    def writes_what_it_reads(self) -> bool:
+        """Whether what is reconstructed is what is encoded."""
+        return self.sites.writes is None
+
+    @property
+    def n_layers(self) -> int | None:
+        """The layers of a cross_layer coder; None for others."""
+        return len(self.sites.reads) if self.cfg.site == "cross_layer" else None
+
+    @property
     def decoder_name(self) -> str:
         """The name of the decoder's parameter."""
         return "W_enc" if self.is_tied else "W_dec"
@@ -117,17 +143,23 @@ class SparseCoder(nn.Module):
         *,
         seed: int = 0,
         metadata: dict[str, object] | None = None,
+        sites: Sites | None = None,
     ) -> SparseCoder:
         """Return a coder at its starting point: random unit decoder rows, W_enc equal to W_dec.
 
+        Where another place is written, the encoder has random unit rows of its own.
         Source: Gao et al. 2024, appendix A.1 (encoder initialised from the decoder).
         """
-        coder = cls(d_in, cfg, metadata)
+        coder = cls(d_in, cfg, metadata, sites=sites)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            rows = torch.randn(coder.d_sae, d_in, generator=generator)
-            coder.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-            coder.W_enc.copy_(coder.W_dec)
+            coder.W_dec.copy_(torch.randn(coder.W_dec.shape, generator=generator))
+            normalise_decoder_(coder)
+            if coder.writes_what_it_reads:
+                coder.W_enc.copy_(coder.W_dec)
+            else:
+                coder.W_enc.copy_(torch.randn(coder.W_enc.shape, generator=generator))
+                unit_rows_(coder.W_enc)
         return coder
 
     def with_memory(
@@ -157,7 +189,7 @@ class SparseCoder(nn.Module):
             wider = row.encode(self, x, replace(values, k=max(self.cfg.multi_k, values.k)))
             assert isinstance(wider, Latents)
             return Encoding(strongest(wider, values.k), wider=wider)
-        if row.encode is not None and not self.cfg.refine_step:
+        if row.encode is not None and not self.cfg.refine_step and self.writes_what_it_reads:
             return Encoding(row.encode(self, x, values))
         select = row.select
         assert select is not None
@@ -180,36 +212,70 @@ class SparseCoder(nn.Module):
         latents = code if is_plain else from_dense(to_dense(code, self.d_sae))
         return Latents(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in latents))
 
-    def decode(self, latents: SparseCode | Tensor) -> Tensor:
-        """Return x_hat (…, d_in) from a sparse or a dense code; see `decode_for` for its units."""
+    def decode(self, latents: SparseCode | Tensor, *, is_held: bool = False) -> Tensor:
+        """Return x_hat (…, d_out) from a sparse or a dense code; see `decode_for` for its units.
+
+        A skip's share is not in it. `is_held` gives W_dec and b_dec no gradient.
+        """
+        W_dec, b_dec = self.W_dec, self.b_dec
+        if is_held:
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        if self.cfg.tie_decoders:
+            assert self.n_layers is not None
+            code = to_dense(latents, self.d_sae)
+            flat = cross_layer.decode_tied(code.flatten(0, -2), W_dec, self.n_layers) + b_dec
+            return flat.reshape(*code.shape[:-1], self.d_out)
         if isinstance(latents, Tensor):
-            return latents @ self.W_dec + self.b_dec
+            return latents @ W_dec + b_dec
         return sae_kernels.sparse_decode(
             latents.values,
             latents.indices,
-            self.W_dec,
-            self.b_dec,
+            W_dec,
+            b_dec,
             offsets=latents.offsets if isinstance(latents, sae_kernels.Ragged) else None,
         )
 
     def decode_for(self, latents: SparseCode | Tensor, x: Tensor) -> Tensor:
-        """Return x_hat (…, d_in) in the units of `x` (…, d_in), the tokens that the code is of.
+        """Return x_hat (…, d_out) in the units of `x` (…, d_in), the tokens that the code is of.
 
         The same as `decode`, but where the coder has a layer norm: then it is undone with each
-        token's own mean and deviation. Evaluations and interventions decode by this.
+        token's own mean and deviation; and where it has a skip, which is added. Evaluations and
+        interventions decode by this.
         """
         x_hat = self.decode(latents)
+        if self.W_skip is not None:
+            x_hat = x_hat + x @ self.W_skip.T
         return undo_layer_norm(x_hat, x) if self.has_layer_norm else x_hat
 
+    def target(self, rows: Tensor) -> Tensor:
+        """Return what the code is to write, (n, d_out), of rows (n, sites.width): without what a
+        skip writes already."""
+        written = self.sites.written(rows)
+        return written if self.W_skip is None else written - self.sites.read(rows) @ self.W_skip.T
+
+    def site_norms(self) -> Tensor:
+        """Return the norm of what a latent writes at each place, (places, d_sae).
+
+        With training's units (`metadata["site_factors"]`), so that places of other scales compare.
+        """
+        if self.cfg.tie_decoders:
+            assert self.n_layers is not None
+            return cross_layer.norms_of_tied(self.W_dec, self.n_layers)
+        parts = self.W_dec.split(list(self.sites.written_widths), 1)
+        factors = self.metadata.get("site_factors", [1.0] * len(parts))
+        assert isinstance(factors, list)
+        return torch.stack([f * part.norm(dim=1) for f, part in zip(factors, parts, strict=True)])
+
     def direction_for(self, latent: int, x: Tensor) -> Tensor:
-        """Return what one unit of `latent` adds to x_hat: (d_in), or (…, d_in) by token of `x`."""
+        """Return what one unit of `latent` adds to x_hat: (d_out), or (…, d_out) by token of x."""
         row = self.W_dec[latent]
         return row * token_moments(x)[1].to(row.device) if self.has_layer_norm else row
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of `x` (…, d_in), in its units."""
+        """Return what is written for `x` (…, d_in), its reconstruction in an sae; (…, d_out)."""
         code = self._code(self._rows(x))
-        return self.decode_for(code, x.reshape(-1, self.d_in)).reshape(x.shape)
+        x_hat = self.decode_for(code, x.reshape(-1, self.d_in))
+        return x_hat.reshape(*x.shape[:-1], self.d_out)
 
     def save(self, folder: str) -> None:
         """Write the dictionary to a folder that `sae.load` and SAELens open."""
@@ -246,17 +312,33 @@ class SparseCoder(nn.Module):
             )
 
 
-def d_sae_of(cfg: CoderConfig, d_in: int) -> int:
-    """Return the number of latents that `cfg` means for inputs of width `d_in`."""
+def _row_widths(cfg: CoderConfig, sites: Sites) -> tuple[int, int]:
+    """Return the numbers of a row of W_enc and of one of W_dec."""
+    if cfg.site != "cross_layer":
+        return sites.d_in, sites.d_out
+    return sites.reads[0], sites.reads[0] if cfg.tie_decoders else sites.d_out
+
+
+def d_sae_of(cfg: CoderConfig, sites: Sites) -> int:
+    """Return the number of latents that `cfg` means for coders of `sites`.
+
+    An expansion factor is of the first place's width; for cross_layer of all layers'.
+    """
     if cfg.d_sae is not None:
         return cfg.d_sae
-    return d_in * (cfg.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+    d = sites.d_in if cfg.site == "cross_layer" else sites.reads[0]
+    return d * (cfg.expansion_factor or DEFAULT_EXPANSION_FACTOR)
 
 
-def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
-    """Return `cfg` with every derived value filled in, checked against `d_in`."""
-    d_sae = d_sae_of(cfg, d_in)
+def resolve(cfg: CoderConfig, sites: Sites) -> CoderConfig:
+    """Return `cfg` with every derived value filled in, checked against the widths of `sites`."""
+    d_in, d_sae = sites.reads[0], d_sae_of(cfg, sites)
     require_fits(cfg, d_sae)
+    if cfg.site == "cross_layer" and d_sae % len(sites.reads):
+        raise ValueError(
+            "`coder.d_sae` must be a multiple of the layers for `coder.site: cross_layer`; got "
+            f"d_sae={d_sae}, {len(sites.reads)} layers. Choose a multiple."
+        )
     k_aux = cfg.k_aux
     if k_aux is None:
         k_aux = max(d_in // 2, 1) if cfg.activation in DEFAULT_AUXK else 0
@@ -276,8 +358,10 @@ def resolve(cfg: CoderConfig, d_in: int) -> CoderConfig:
 
 
 def normalise_decoder_(coder: SparseCoder) -> None:
-    """Set every decoder row to unit norm, in place."""
+    """Set every decoder row to unit norm over all places, in place."""
     with torch.no_grad():
+        if coder.n_layers is not None and not coder.cfg.tie_decoders:
+            cross_layer.hold_(coder.W_dec, coder.n_layers)
         unit_rows_(coder.W_dec)
 
 
@@ -294,4 +378,6 @@ def project_decoder_gradient_(coder: SparseCoder) -> None:
     grad = coder.W_dec.grad
     if grad is not None:
         with torch.no_grad():
+            if coder.n_layers is not None and not coder.cfg.tie_decoders:
+                cross_layer.hold_(grad, coder.n_layers)
             grad.addcmul_((grad * coder.W_dec).sum(1, keepdim=True), coder.W_dec, value=-1)

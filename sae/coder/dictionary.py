@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.coder import SparseCoder
+from sae.coder.sites import Sites
 from sae.config import CoderConfig
 from sae.files import new_folder, read_json, write_json, write_tensors
 
@@ -25,7 +26,10 @@ CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 OUR_KEY = "sae_coder_config"
 LAYER_NORM = "layer_norm"  # SAELens' word, for SAELens' definition
-OWN = ("threshold", "first_threshold", "r_mag", "b_mag")
+OWN = ("threshold", "first_threshold", "r_mag", "b_mag", "W_skip")
+# SAELens' names of transcoders, by those of autoencoders; it has no others.
+THEIR_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+SKIP_TRANSCODER = "skip_transcoder"
 OF_THEIRS = {("gated", "b_enc"): "b_gate"}
 EXTRAS: dict[str, Callable[[CoderConfig], dict[str, object]]] = {
     "topk": lambda cfg: {"k": cfg.k, "rescale_acts_by_decoder_norm": False},
@@ -76,7 +80,13 @@ def tensor_names(coder: SparseCoder) -> list[str]:
     """Return our names of the tensors that a dictionary's file holds."""
     if coder.is_tied:
         return ["W_dec", "b_dec"]
-    return ["W_enc", "W_dec", "b_enc", "b_dec", *(name for name in OWN if hasattr(coder, name))]
+    return [
+        "W_enc",
+        "W_dec",
+        "b_enc",
+        "b_dec",
+        *(n for n in OWN if getattr(coder, n, None) is not None),
+    ]
 
 
 def saelens_config(coder: SparseCoder) -> dict[str, object]:
@@ -90,16 +100,29 @@ def saelens_config(coder: SparseCoder) -> dict[str, object]:
         "d_sae": coder.d_sae,
         "dtype": str(coder.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": coder.writes_what_it_reads,
         "normalize_activations": LAYER_NORM if coder.has_layer_norm else "none",
         "reshape_activations": "none",
+        **({} if coder.cfg.site == "sae" else _widths(coder)),
         **EXTRAS.get(coder.cfg.activation, lambda _: {})(coder.cfg),
         "metadata": {**coder.metadata, OUR_KEY: asdict(coder.cfg)},
     }
 
 
+def _widths(coder: SparseCoder) -> dict[str, object]:
+    """Return what `cfg.json` says of a coder of several places, or of another than it reads."""
+    return {"d_out": coder.d_out, "site_widths": list(coder.sites.widths)}
+
+
 def _architecture(coder: SparseCoder) -> str:
     theirs = ACTIVATIONS[coder.cfg.activation].saelens_architecture
+    if coder.cfg.site == "transcoder" and theirs in THEIR_TRANSCODERS:
+        if not coder.cfg.skip:
+            return THEIR_TRANSCODERS[theirs]
+        if theirs == "standard":
+            return SKIP_TRANSCODER
+    if coder.cfg.site != "sae":
+        return f"sae_{coder.cfg.site}_{theirs}"
     if coder.cfg.refine_step:
         return f"sae_refined_{theirs}"
     return f"sae_signed_{theirs}" if coder.cfg.signed else theirs
@@ -145,11 +168,14 @@ def unfilled_coder(config: dict, folder: Path) -> SparseCoder:
 
     Errors: ValueError for an architecture or a normalisation that is not known.
     """
+    cfg = coder_config(config, folder)
+    widths = config.get("site_widths") or [config["d_in"], config.get("d_out")]
     return SparseCoder(
         config["d_in"],
-        coder_config(config, folder),
+        cfg,
         our_metadata(config),
         has_layer_norm=_has_layer_norm(config, folder),
+        sites=None if cfg.site == "sae" else Sites.of(cfg, tuple(widths)),
     )
 
 
@@ -176,15 +202,19 @@ def coder_config(config: dict, folder: Path) -> CoderConfig:
     # A running threshold reads as a JumpReLU's, which comes behind it in the table.
     names = {row.saelens_architecture: name for name, row in ACTIVATIONS.items()}
     architecture = config.get("architecture")
-    if architecture not in names:
+    of_transcoders = {theirs: name for name, theirs in THEIR_TRANSCODERS.items()}
+    of_transcoders[SKIP_TRANSCODER] = "standard"
+    if architecture not in {**names, **of_transcoders}:
         raise ValueError(
-            f"`architecture` in {folder / CFG_FILE} must be one of {sorted(names)}; "
-            f"got {architecture!r}."
+            f"`architecture` in {folder / CFG_FILE} must be one of "
+            f"{sorted({**names, **of_transcoders})}; got {architecture!r}."
         )
     return CoderConfig(
-        activation=names[architecture],  # pyright: ignore[reportArgumentType]
+        activation=names[of_transcoders.get(architecture, architecture)],  # pyright: ignore[reportArgumentType]
         d_sae=config["d_sae"],
         k=config.get("k") or config.get("max_iterations") or 1,
+        site="transcoder" if architecture in of_transcoders else "sae",
+        skip=architecture == SKIP_TRANSCODER,
     )
 
 
@@ -201,7 +231,7 @@ def fill_(coder: SparseCoder, config: dict, tensors: dict[str, Tensor]) -> None:
             coder.W_enc.mul_(norms[:, None])
             coder.b_enc.mul_(norms)
             coder.W_dec.div_(norms[:, None])
-        if not config.get("apply_b_dec_to_input", True):
+        if not config.get("apply_b_dec_to_input", True) and coder.writes_what_it_reads:
             # x W + b equals (x − b_dec) W + (b + W b_dec): one form serves both.
             shift = coder.W_enc @ coder.b_dec
             coder.b_enc.add_(shift)

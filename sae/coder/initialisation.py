@@ -69,18 +69,30 @@ def initial_b_dec(x: Tensor, method: str, over_ranks: OverRanks = lambda x: x) -
 
 
 @torch.no_grad()
+def start_biases_(coder: SparseCoder, x: Tensor, over_ranks: OverRanks = lambda x: x) -> None:
+    """Let a new encoder begin at the centre of what it reads, where b_dec is of another place.
+
+    b_enc = −mean(x) W_encᵀ: what an sae has from b_dec. `x` (n, sites.width) are rows.
+    """
+    if not coder.writes_what_it_reads:
+        centre = mean(coder.sites.read(x), over_ranks).to(x.device)
+        coder.b_enc.copy_(-(pre_activations(coder, centre[None])[0] - coder.b_enc))
+
+
+@torch.no_grad()
 def start_thresholds_(coder: SparseCoder, x: Tensor, over_ranks: OverRanks = lambda x: x) -> None:
     """Set the thresholds of a new JumpReLU coder so that it begins at its target L0.
 
     A threshold moves by about the learning rate a step, so one that begins far off would spend a
-    short run on its way. `x` (n, d_in) are inputs; the level is the mean of the processes' own.
+    short run on its way. `x` (n, sites.width) are rows; the level is the mean of the processes'
+    own.
     """
     cfg = coder.cfg
     if cfg.activation != "jumprelu" or cfg.target_l0 is None or cfg.threshold_init is not None:
         return
     rows = x[: max(MOST_PRE_ACTS // coder.d_sae, 1)]
     kept = max(int(cfg.target_l0 * len(rows)), 1)
-    pre_acts = pre_activations(coder, rows).flatten()
+    pre_acts = pre_activations(coder, coder.sites.read(rows)).flatten()
     level = pre_acts.kthvalue(pre_acts.numel() - kept + 1).values.clamp_min(0)
     total = over_ranks(torch.stack([level, torch.ones_like(level)]))
     coder.threshold.fill_(total[0] / total[1])

@@ -22,6 +22,7 @@ from sae.coder.activations import ACTIVATIONS
 from sae.coder.coder import SparseCoder
 from sae.coder.dead_penalty import pre_act_loss
 from sae.coder.latents import Latents, SparseCode
+from sae.coder.pre_acts import pre_activations_of
 from sae.coder.sparsity import sparsity_loss
 from sae.coder.step_values import StepValues
 from sae.config import CoderConfig
@@ -31,13 +32,15 @@ from sae.config import CoderConfig
 class LossInputs:
     """What a loss may use, from one batch.
 
-    Shapes: x, residual (n, d_in); pre_acts (n, d_sae), None where the code was made without
+    Shapes: x (n, d_in), what was read; target, residual (n, d_out), what the code was to write, and
+    what it left over; pre_acts (n, d_sae), None where the code was made without
     them; dead_indices (n_dead) int64, which may be empty. wider: the code of `coder.multi_k`
     latents. variance: see `reconstruction`.
     """
 
     coder: SparseCoder
     x: Tensor
+    target: Tensor
     residual: Tensor
     code: SparseCode | Tensor
     dead_indices: Tensor
@@ -60,8 +63,8 @@ def gate_loss(inputs: LossInputs) -> Tensor:
     """
     coder = inputs.coder
     gates = torch.relu(_pre_acts(inputs))
-    gate_hat = gates @ coder.W_dec.detach() + coder.b_dec.detach()
-    return (inputs.x - gate_hat).pow(2).sum(-1).mean() / inputs.variance
+    gate_hat = coder.decode(gates, is_held=True)
+    return (inputs.target - gate_hat).pow(2).sum(-1).mean() / inputs.variance
 
 
 def multi_topk_loss(inputs: LossInputs) -> Tensor:
@@ -70,7 +73,7 @@ def multi_topk_loss(inputs: LossInputs) -> Tensor:
     Source: Gao et al. 2024 (arXiv 2406.04093), §4.1 (Multi-TopK).
     """
     assert inputs.wider is not None, "the coder encodes `multi_k` latents"
-    errors = (inputs.x - inputs.coder.decode(inputs.wider)).pow(2).sum(-1)
+    errors = (inputs.target - inputs.coder.decode(inputs.wider)).pow(2).sum(-1)
     return inputs.coder.cfg.multi_k_coefficient * errors.mean() / inputs.variance
 
 
@@ -91,13 +94,19 @@ def auxk_loss(inputs: LossInputs) -> Tensor:
     if k == 0:
         return inputs.residual.new_zeros(())
     residual = inputs.residual.detach()
-    pre_acts = torch.relu(
-        (inputs.x - coder.b_dec.detach()) @ coder.W_enc[dead].T + coder.b_enc[dead]
-    )
+    pre_acts = torch.relu(pre_activations_of(coder, inputs.x, dead))
     values, indices = sae_kernels.topk(pre_acts, k)
     code = torch.zeros_like(pre_acts).scatter(-1, indices, values)
-    error = (residual - code @ coder.W_dec[dead]).pow(2).sum()
+    error = (residual - written_by(coder, code, dead)).pow(2).sum()
     return coder.cfg.aux_coefficient * error / residual.pow(2).sum().clamp_min(1e-30)
+
+
+def written_by(coder: SparseCoder, code: Tensor, latents: Tensor) -> Tensor:
+    """Return what some latents (m) write, (n, d_out), without b_dec, from their code (n, m)."""
+    if not coder.cfg.tie_decoders:
+        return code @ coder.W_dec[latents]
+    whole = code.new_zeros(len(code), coder.d_sae).index_copy(1, latents, code)
+    return coder.decode(whole) - coder.b_dec
 
 
 def auxk_gradients(inputs: LossInputs) -> tuple[Tensor, sae_kernels.RowGradients | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae.coder import cross_layer
 from sae.coder.latents import SparseCode, dense_if_cheaper
 
 if TYPE_CHECKING:
@@ -17,11 +18,29 @@ Select = Callable[[Tensor, bool], SparseCode | Tensor]
 
 
 def pre_activations(coder: SparseCoder, x: Tensor) -> Tensor:
-    """Return (x − b_dec) W_encᵀ + b_enc, (n, d_sae), multiplied in the shadow's dtype if any."""
+    """Return (x − b_dec) W_encᵀ + b_enc, (n, d_sae), multiplied in the shadow's dtype if any.
+
+    b_dec is not taken from x where another place is written.
+    """
+    if coder.n_layers is not None:
+        return cross_layer.pre_activations(x, coder.W_enc, coder.b_enc, coder.n_layers)
     if coder.enc_shadow is None:
-        return torch.addmm(coder.b_enc, x - coder.b_dec, coder.W_enc.T)
+        return torch.addmm(coder.b_enc, centred(coder, x), coder.W_enc.T)
     rows = (x - coder.b_dec).to(coder.enc_shadow.dtype)
     return torch.addmm(coder.b_enc.to(rows.dtype), rows, coder.enc_shadow.T).to(x.dtype)
+
+
+def centred(coder: SparseCoder, x: Tensor) -> Tensor:
+    """Return what W_enc is multiplied with: x (n, d_in), less b_dec where that is x's own."""
+    return x - coder.b_dec if coder.writes_what_it_reads else x
+
+
+def pre_activations_of(coder: SparseCoder, x: Tensor, latents: Tensor) -> Tensor:
+    """Return the pre-activations (n, m) of some latents, (m) int64; b_dec is held constant."""
+    if coder.n_layers is not None:
+        return pre_activations(coder, x)[:, latents]
+    x = x - coder.b_dec.detach() if coder.writes_what_it_reads else x
+    return x @ coder.W_enc[latents].T + coder.b_enc[latents]
 
 
 def refined(coder: SparseCoder, x: Tensor, select: Select) -> tuple[SparseCode | Tensor, Tensor]:

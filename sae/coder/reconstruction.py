@@ -24,7 +24,10 @@ from sae.coder.step_values import StepValues
 def reconstruct(
     coder: SparseCoder, code: SparseCode | Tensor, x: Tensor, values: StepValues, variance: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the residual (n, d_in) of the whole dictionary, and the loss over all prefixes."""
+    """Return the residual (n, d_out) of the whole dictionary, and the loss over all prefixes.
+
+    x: what the code is to write (`SparseCoder.target`), in an sae what was encoded.
+    """
     code = dense_if_cheaper(code, len(x), coder.d_sae)
     if not values.prefixes:
         residuals = [x - coder.decode(code)]

@@ -1,6 +1,7 @@
 """Losses that make a code sparse, and the weight that steers it to a number of active latents.
 
-With w_j = ‖W_dec_j‖, means over the tokens of a batch:
+With w_j = ‖W_dec_j‖, summed over the places that a latent writes to, means over the tokens of a
+batch:
   l1         = mean Σ_j z_j w_j / √d_in
   p_norm     = mean Σ_j (z_j w_j)^p / √d_in,  p falling from 1
   tanh       = mean Σ_j tanh(c z_j w_j)
@@ -73,22 +74,28 @@ def pressure_(coder: SparseCoder, latents: Tensor, rate: float = PRESSURE_RATE) 
     return (coder.log_pressure + PRESSURE_GAIN * error).exp()
 
 
+def _written_norms(coder: SparseCoder) -> Tensor:
+    """Return (d_sae) w: over several places a sum of norms, so that latents prefer few of them."""
+    return coder.site_norms().sum(0)
+
+
 def _l1(coder: SparseCoder, _: Tensor, latents: Tensor, __: StepValues) -> Tensor:
-    """Source: Anthropic, April 2024 update (decoder-norm-weighted); √d_in makes the coefficient
-    mean the same at every width, inputs having mean norm √d_in."""
-    return (latents @ coder.W_dec.norm(dim=1)).mean() / coder.d_in**0.5
+    """Source: Anthropic, April 2024 update (decoder-norm-weighted), and Lindsey et al. 2024,
+    "Sparse Crosscoders", for several places; √d_in makes the coefficient mean the same at every
+    width, inputs having mean norm √d_in."""
+    return (latents @ _written_norms(coder)).mean() / coder.d_in**0.5
 
 
 def _p_norm(coder: SparseCoder, _: Tensor, latents: Tensor, values: StepValues) -> Tensor:
     """Source: Karvonen et al. 2024 (arXiv 2408.00113), §4.2; the floor is ours."""
-    weighted = latents * coder.W_dec.norm(dim=1)
+    weighted = latents * _written_norms(coder)
     powers = (weighted + P_NORM_FLOOR).pow(values.p) - P_NORM_FLOOR**values.p
     return powers.sum(-1).mean() / coder.d_in**0.5
 
 
 def _tanh(coder: SparseCoder, _: Tensor, latents: Tensor, __: StepValues) -> Tensor:
     """Source: Anthropic, January 2025 update."""
-    weighted = latents * coder.W_dec.norm(dim=1)
+    weighted = latents * _written_norms(coder)
     return torch.tanh(coder.cfg.tanh_scale * weighted).sum(-1).mean()
 
 

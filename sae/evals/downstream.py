@@ -1,9 +1,11 @@
 """What the language model loses when it runs on reconstructions.
 
-Four forward passes over the same contexts, which differ only in what is written at the hookpoint:
+Four forward passes over the same contexts, which differ only in what is written at the places:
     clean      nothing is written
     spliced    x_hat                    at every token that is not masked
     ablated    0, or the mean of x      at the same tokens
+x is what the coder is to write: of a transcoder the activation at its target, of a coder of several
+places that at each (of two models, the first's alone). How what is spliced in is made: `replacing`.
 Masked tokens (BOS, padding, special, excluded, norm outliers: whatever `data.mask`,
 `data.exclude_tokens` and `max_norm` leave out) keep their own activation in all four.
 
@@ -29,8 +31,7 @@ other text. A dictionary that passes x through (identity) is perfect here.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ from torch import Tensor
 from sae.evals.blocks import BlockSums, block_of
 from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import EvalSetup, Label, ModelBatch, Seen, Undefined, Value
+from sae.evals.replacing import clean_pass, logits_of, replaced, spliced
 from sae.stream.contexts import Contexts
-from sae.stream.hookpoints import Hookpoint, edit
 
 LOGIT_ELEMENTS = 2**26
 CHUNK_ELEMENTS = 2**23
@@ -64,8 +65,6 @@ LABELS = {
     "kl": Label("KL(clean ‖ spliced)", "nats"),
     "top1_agreement": Label("same most likely next token", "share"),
 }
-
-Write = Callable[[Tensor], Tensor]
 
 
 class Downstream:
@@ -133,23 +132,26 @@ class Downstream:
 
 def position_losses(batch: ModelBatch, contexts: Contexts) -> dict[str, Tensor]:
     """Run the four passes and return, (n) each, what every counted position adds to each sum."""
-    clean, activation = _clean_pass(batch, contexts.tokens)
-    may_replace = contexts.is_kept.flatten()
+    lm, places, coder = batch.lm, batch.places, batch.coder
+    clean, rows = clean_pass(lm, places, contexts.tokens)
+    may_replace = contexts.is_kept.flatten().to(rows.device)
     if batch.max_norm is not None:
-        may_replace = may_replace & (activation.float().norm(dim=1) <= batch.max_norm)
+        first = rows[:, coder.columns()[0]]
+        may_replace = may_replace & (first.float().norm(dim=1) <= batch.max_norm)
     counted = counted_positions(contexts, may_replace)
     targets = contexts.tokens.flatten()[counted + 1]
 
-    def run(write: Write) -> Tensor:
-        with edit(batch.lm.module, batch.hookpoint, written_at(may_replace, write)):
-            return _logits(batch, contexts.tokens)
+    def ablated(values: Tensor) -> Tensor:
+        parts = coder.by_place(values.to(rows.device, torch.float32))
+        with replaced(lm, places, may_replace, parts.__getitem__):
+            return _cross_entropy(logits_of(lm, contexts.tokens), counted, targets)
 
-    mean = batch.mean.to(activation.device, torch.float32)
-    losses = _compared(clean, run(batch.coder.reconstruct), counted, targets)
+    with spliced(lm, places, coder, rows, may_replace):
+        losses = _compared(clean, logits_of(lm, contexts.tokens), counted, targets)
     return {
         **losses,
-        "zero": _cross_entropy(run(torch.zeros_like), counted, targets),
-        "mean": _cross_entropy(run(lambda x: mean.expand_as(x)), counted, targets),
+        "zero": ablated(torch.zeros_like(batch.mean)),
+        "mean": ablated(batch.mean),
         "n": torch.ones_like(losses["clean"]),
         "document_ids": contexts.document_ids.flatten()[counted],
     }
@@ -161,52 +163,6 @@ def counted_positions(contexts: Contexts, may_replace: Tensor) -> Tensor:
     has_target = torch.zeros_like(contexts.is_kept)
     has_target[:, :-1] = contexts.is_kept[:, 1:] & (ids[:, 1:] == ids[:, :-1])
     return (has_target.flatten() & may_replace).nonzero().squeeze(1)
-
-
-def written_at(may_replace: Tensor, write: Write) -> Write:
-    """Return an edit that writes `write(x)` where `may_replace` (b·t) and leaves the rest."""
-
-    def replace(activation: Tensor) -> Tensor:
-        flat = activation.reshape(-1, activation.shape[-1]).clone()
-        flat[may_replace] = write(flat[may_replace]).to(flat.dtype)
-        return flat.reshape(activation.shape)
-
-    return replace
-
-
-def _clean_pass(batch: ModelBatch, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the clean logits (b, t, vocabulary) and the hookpoint's activation (b·t, d)."""
-    seen: list[Tensor] = []
-
-    def keep(activation: Tensor) -> Tensor:
-        seen.append(activation.reshape(-1, activation.shape[-1]))
-        return activation
-
-    with edit(batch.lm.module, batch.hookpoint, keep):
-        logits = _logits(batch, tokens)
-    return logits, _first(seen, batch.hookpoint)
-
-
-def _first(seen: list[Tensor], hookpoint: Hookpoint) -> Tensor:
-    if not seen:
-        raise RuntimeError(
-            f"the hooked module must run in the model's forward; `{hookpoint}` did not. "
-            "Hook a module that the forward calls, such as a whole layer."
-        )
-    return seen[0]
-
-
-@torch.no_grad()
-def _logits(batch: ModelBatch, tokens: Tensor) -> Tensor:
-    module = batch.lm.module
-    takes_cache = "use_cache" in inspect.signature(module.forward).parameters
-    output = module(tokens, **({"use_cache": False} if takes_cache else {}))
-    if not hasattr(output, "logits"):
-        raise ValueError(
-            f"downstream needs a language model that gives logits; {batch.lm.name} gives "
-            f"{type(output).__name__}. Load a causal language model or leave `downstream` out."
-        )
-    return output.logits
 
 
 def _vocabulary_size(module: torch.nn.Module) -> int:

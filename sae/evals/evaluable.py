@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.coder.latents import Latents, from_dense
+from sae.coder.sites import Sites
 
 DENSE_ELEMENTS = 2**25
 
@@ -26,6 +27,8 @@ class Evaluable:
         width: d, the width of the activations that it will be given.
         place: what those activations are, for the message.
 
+    A coder of other sites than one (`coder.sites`) is given rows of all its places.
+
     Errors: TypeError where the object lacks encode or decode; ValueError where its width is not
     that of the activations.
     """
@@ -33,11 +36,16 @@ class Evaluable:
     def __init__(self, coder: Any, width: int, place: str = "the given batches") -> None:
         _require_coder(coder)
         self.coder = coder
-        self.d_in = int(getattr(coder, "d_in", width))
-        if self.d_in != width:
+        sites = getattr(coder, "sites", None)
+        self.sites = (
+            sites if isinstance(sites, Sites) else Sites((int(getattr(coder, "d_in", width)),))
+        )
+        self.d_in, self.d_out = self.sites.d_in, self.sites.d_out
+        if self.sites.width != width:
             trained_at = self.metadata.get("hook_name", "unknown")
             raise ValueError(
-                f"the dictionary's d_in must be the width of {place}; got d_in={self.d_in}, width "
+                f"the dictionary's {'d_in' if sites is None else 'places'} must have the width of "
+                f"{place}; got d_in={self.sites.width}, width "
                 f"{width}. It was trained at hookpoint {trained_at}: evaluate it there."
             )
         self.d_sae = int(getattr(coder, "d_sae", None) or self._find_d_sae())
@@ -49,11 +57,11 @@ class Evaluable:
 
     @torch.no_grad()
     def encode_decode(self, x: Tensor) -> tuple[Latents, Tensor]:
-        """Return the code and the reconstruction (n, d_in) of x (n, d_in), on x's device.
+        """Return the code and what is written, (n, d_out), for rows x (n, Σ widths), on x's device.
 
         Errors: ValueError where the reconstruction holds NaN or infinity.
         """
-        given = self._as_input(x)
+        given = self._as_input(self.sites.read(x))
         if hasattr(self.coder, "encode_sparse"):
             latents = self.coder.encode_sparse(given)
             x_hat = self._decode(latents, given)
@@ -68,19 +76,31 @@ class Evaluable:
         return Latents(*(part.to(x.device) for part in latents)), x_hat.to(x.device)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return x_hat (n, d_in) in the coder's dtype, on x's device."""
+        """Return x_hat (n, d_out) of rows x (n, Σ widths), in the coder's dtype, on x's device."""
         if len(x) == 0:
-            return x
+            return self.written(x)
         return torch.cat([self.encode_decode(x[rows])[1] for rows in self.chunks(len(x))])
+
+    def written(self, x: Tensor) -> Tensor:
+        """Return what rows x (n, Σ widths) hold at the places that are written, (n, d_out)."""
+        return self.sites.written(x)
+
+    def by_place(self, x_hat: Tensor) -> list[Tensor]:
+        """Return what is written at every place, (n, width) each, from x_hat (n, d_out)."""
+        return list(x_hat.split(list(self.sites.written_widths), -1))
+
+    def columns(self) -> list[slice]:
+        """Return each place's columns of a row."""
+        return self.sites.columns()
 
     @torch.no_grad()
     def directions(self) -> Tensor:
-        """Return what one unit of each latent writes into x_hat, (d_sae, d_in).
+        """Return what one unit of each latent writes into x_hat, (d_sae, d_out).
 
         Of a coder that norms its tokens: in the units of normed ones.
         """
         rows = getattr(self.coder, "W_dec", None)
-        if isinstance(rows, Tensor) and rows.shape == (self.d_sae, self.d_in):
+        if isinstance(rows, Tensor) and rows.shape == (self.d_sae, self.d_out):
             return rows.detach()
         one = self._as_input(torch.ones(self.d_sae, 1))
         numbers = torch.arange(self.d_sae, device=one.device)[:, None]

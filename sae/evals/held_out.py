@@ -9,7 +9,7 @@ from sae.evals.on_world import evaluate_on_world
 from sae.evals.registry import checked_names
 from sae.evals.results import EvalResults
 from sae.evals.run import Tell, evaluate
-from sae.stream.opening import open_model, pick_device
+from sae.stream.opening import open_model, pick_device, require_single
 from sae.worlds import make_world
 
 
@@ -25,11 +25,15 @@ def evaluate_held_out(coder: Any, cfg: Config, tell: Tell = lambda *_: None) -> 
     if cfg.world.name:
         return _on_world(coder, cfg, tell)
     opened = open_model(cfg, pick_device(cfg.run.device))
+    if cfg.coder.site == "sae":
+        require_single(opened.hookpoints)
     return evaluate(
         coder.to(opened.lm.device),
         opened.held_out(),
         lm=opened.lm,
-        hookpoint=opened.hookpoint,
+        hookpoint=opened.hookpoints,
+        target=opened.targets or None,
+        other=opened.other,
         names=cfg.eval.evals,
         tokens=cfg.eval.tokens,
         downstream_tokens=cfg.eval.downstream_tokens,

@@ -7,18 +7,22 @@ evaluated whatever the batch size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sae.evals.replacing import Places
 from sae.stream.contexts import CapturedContexts, Contexts
-from sae.stream.hookpoints import Hookpoint, find_hookpoint, width
+from sae.stream.hookpoints import Hookpoint, find_hookpoints_of
 from sae.stream.live import capture_contexts
 
 if TYPE_CHECKING:
     from sae.stream.language_model import LanguageModel
+
+
+Where = Hookpoint | str | Sequence[Hookpoint]
 
 
 def activation_contexts(
@@ -89,8 +93,10 @@ class Capture:
     """Gives contexts their activations: from the model, or as they already have them.
 
     Args:
+        hookpoint: the place that is read, or several. target: those that are written, where they
+            are others. other: a second model, read at the same hookpoints.
         first: a batch of the contexts to come, from which the width is read without a model.
-        max_norm: mask tokens of larger activation norm, in raw units.
+        max_norm: mask tokens of larger activation norm at the first place, in raw units.
 
     Errors: ValueError where neither a model nor activations are there.
     """
@@ -98,26 +104,32 @@ class Capture:
     def __init__(
         self,
         lm: LanguageModel | None,
-        hookpoint: Hookpoint | str | None,
+        hookpoint: Where | None,
         first: Contexts,
         max_norm: float | None,
+        *,
+        target: Where | None = None,
+        other: LanguageModel | None = None,
     ) -> None:
         self.lm, self.max_norm = lm, max_norm
-        self.hookpoint = None if lm is None else _hookpoint_of(lm, hookpoint)
-        if lm is None or self.hookpoint is None:
-            self.d_in = _require_captured(first).activations.shape[-1]
-        else:
-            self.d_in = width(lm.module, self.hookpoint, lm.device)
+        self.places = self.reader = None
+        if lm is None:
+            self.width = _require_captured(first).activations.shape[-1]
+            return
+        written = () if target is None else _hookpoints_of(lm, target)
+        self.places = Places(_hookpoints_of(lm, hookpoint), written, other)
+        self.reader = self.places.reader(lm)
+        self.width = sum(self.reader.widths)
 
     @property
     def place(self) -> str:
         """What the activations are called in messages."""
-        return "the given batches" if self.hookpoint is None else str(self.hookpoint)
+        return "the given batches" if self.places is None else str(self.places)
 
     def __call__(self, contexts: Contexts) -> CapturedContexts:
         """Return the contexts with their activations."""
-        if self.lm is not None and self.hookpoint is not None:
-            return capture_contexts(self.lm, self.hookpoint, contexts, max_norm=self.max_norm)
+        if self.reader is not None:
+            return capture_contexts(self.reader, contexts, max_norm=self.max_norm)
         captured = _require_captured(contexts)
         if self.max_norm is None:
             return captured
@@ -125,13 +137,15 @@ class Capture:
         return dataclasses.replace(captured, is_kept=captured.is_kept & is_small)
 
 
-def _hookpoint_of(lm: LanguageModel, hookpoint: Hookpoint | str | None) -> Hookpoint:
-    if hookpoint is None:
+def _hookpoints_of(lm: LanguageModel, where: Where | None) -> tuple[Hookpoint, ...]:
+    if where is None:
         raise ValueError(
             "`hookpoint` must say where the model is read; got None. Give the one the dictionary "
             "was trained on, such as model.layers.8."
         )
-    return find_hookpoint(lm.module, hookpoint) if isinstance(hookpoint, str) else hookpoint
+    if isinstance(where, str):
+        return tuple(find_hookpoints_of(lm.module, where))
+    return (where,) if isinstance(where, Hookpoint) else tuple(where)
 
 
 def _require_captured(contexts: Any) -> CapturedContexts:

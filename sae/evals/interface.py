@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sae.coder.latents import Latents
 from sae.stream.contexts import Contexts
-from sae.stream.hookpoints import Hookpoint
 
 if TYPE_CHECKING:
     from sae.evals.evaluable import Evaluable
+    from sae.evals.replacing import Places
     from sae.evals.truth import Truth
     from sae.stream.language_model import LanguageModel
 
@@ -48,7 +48,7 @@ class EvalSetup:
     """What an accumulator must know before the first batch.
 
     Attributes:
-        d_in, d_sae: widths of the coder.
+        d_in: width of what is reconstructed (the coder's d_out). d_sae: number of latents.
         seed: of everything random inside the eval, such as its bootstrap.
         n_resamples: bootstrap draws behind an interval.
         truth: of the world that the rows are of, for evals that read it.
@@ -65,8 +65,8 @@ class EvalSetup:
 class EvalBatch:
     """Evaluated tokens with what the coder makes of them; masked tokens are not in it.
 
-    Shapes: x (n, d_in) raw activations; x_hat (n, d_in); latents (n, k) each; tokens (n) int64;
-    document_ids (n) int64.
+    Shapes: x (n, d_in) raw activations that are to be written, of a transcoder those at its
+    target; x_hat (n, d_in); latents (n, k) each; tokens (n) int64; document_ids (n) int64.
     """
 
     x: Tensor
@@ -81,13 +81,14 @@ class ModelBatch:
     """Contexts on which an eval runs the language model itself.
 
     Attributes:
-        mean: (d_in), mean of the evaluated activations, for mean ablation.
+        places: where the coder reads and writes.
+        mean: (d_in), mean of the activations that are written, for mean ablation.
         max_norm: tokens of larger activation norm count as masked; None keeps all.
     """
 
     coder: Evaluable
     lm: LanguageModel
-    hookpoint: Hookpoint
+    places: Places
     contexts: Contexts
     mean: Tensor
     max_norm: float | None = None

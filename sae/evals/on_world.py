@@ -55,7 +55,7 @@ def evaluate_on_world(
         raise ValueError(f"`n_rows` must be at least 1; got {n_rows}. Give some ten thousand.")
     ready = Evaluable(coder, world.d_in, "the world")
     truth = truth_of(ready, world, pairs)
-    setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples, truth)
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth)
     evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
     walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
     generator = evaluation_generator(seed, world.directions.device)

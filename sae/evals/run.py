@@ -19,13 +19,12 @@ from torch import Tensor
 
 from sae.config import EvalName
 from sae.evals.evaluable import Evaluable
-from sae.evals.inputs import Capture, ContextQueue, limited
+from sae.evals.inputs import Capture, ContextQueue, Where, limited
 from sae.evals.interface import Accumulator, EvalBatch, EvalSetup, ModelBatch, Seen
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, checked_names
 from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
 from sae.stream.contexts import CapturedContexts, Contexts
-from sae.stream.hookpoints import Hookpoint
 from sae.stream.source import require_finite
 
 if TYPE_CHECKING:
@@ -41,7 +40,9 @@ def evaluate(
     contexts: Iterable[Contexts],
     *,
     lm: LanguageModel | None = None,
-    hookpoint: Hookpoint | str | None = None,
+    hookpoint: Where | None = None,
+    target: Where | None = None,
+    other: LanguageModel | None = None,
     names: Iterable[str] | None = None,
     tokens: int | None = None,
     downstream_tokens: int | None = None,
@@ -56,7 +57,8 @@ def evaluate(
         coder: anything with encode (or encode_sparse) and decode.
         contexts: held-out contexts, read once; with activations (`CapturedContexts`, or
             `activation_contexts(x)`) where `lm` is None.
-        lm, hookpoint: the model and where its activations are read.
+        lm, hookpoint: the model and where its activations are read. target: where they are
+            written, for a transcoder. other: the second model of a crosscoder.
         names: rows of EVALS; None: all, without those that run the model where `lm` is None, and
             without those that need a world.
         tokens: unmasked tokens to evaluate; None: all of `contexts`.
@@ -71,16 +73,16 @@ def evaluate(
     """
     names = _wanted_names(names, lm)
     contexts, first = _peek(contexts)
-    capture = Capture(lm, hookpoint, first, max_norm)
-    ready = Evaluable(coder, capture.d_in, capture.place)
-    setup = EvalSetup(ready.d_in, ready.d_sae, seed, n_resamples)
+    capture = Capture(lm, hookpoint, first, max_norm, target=target, other=other)
+    ready = Evaluable(coder, capture.width, capture.place)
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples)
     on_activations = start_evals(names, "activations", setup)
     on_model = start_evals(names, "model", setup)
     clock = Clock()
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
     queue = ContextQueue(n_model_tokens)
-    shared = Shared(ready.d_in)
+    shared = Shared(ready.d_out)
     wanted = tokens if on_activations else n_model_tokens
     for batch in limited(contexts, wanted):
         queue.add(batch)
@@ -90,9 +92,9 @@ def evaluate(
         tell("activations", shared.seen.n_tokens, wanted)
     shared.require_tokens()
 
-    if lm is not None and capture.hookpoint is not None:
-        at_hookpoint = partial(ModelBatch, ready, lm, capture.hookpoint)
-        make_batch = partial(at_hookpoint, mean=shared.mean, max_norm=max_norm)
+    if lm is not None and capture.places is not None:
+        at_places = partial(ModelBatch, ready, lm, capture.places)
+        make_batch = partial(at_places, mean=shared.mean, max_norm=max_norm)
         _run_model_evals(on_model, make_batch, queue, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)
@@ -179,7 +181,8 @@ def _update(
     for rows in coder.chunks(len(x)):
         with clock.timed("coder"):
             latents, x_hat = coder.encode_decode(x[rows])
-        batch = EvalBatch(x[rows], x_hat, latents, tokens[rows], document_ids[rows])
+        written = coder.written(x[rows])
+        batch = EvalBatch(written, x_hat, latents, tokens[rows], document_ids[rows])
         shared.update(batch)
         for name, accumulator in evals.items():
             with clock.timed(name):
@@ -222,11 +225,12 @@ def _origin(
     return {
         "coder": plain_json(coder.metadata),
         "d_in": coder.d_in,
+        "d_out": coder.d_out,
         "d_sae": coder.d_sae,
         "l0": shared.l0,
         "model": None if lm is None else lm.name,
         "model_dtype": None if lm is None else str(lm.dtype).removeprefix("torch."),
-        "hookpoint": None if capture.hookpoint is None else str(capture.hookpoint),
+        "hookpoint": None if capture.places is None else str(capture.places),
         "max_norm": capture.max_norm,
         "n_tokens": shared.seen.n_tokens,
         "n_documents": shared.seen.n_documents,

@@ -7,7 +7,7 @@ iterator is taken in its own order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ def open_source(activations: Any, *, seed: int = 0, rank: int = 0, world_size: i
 
     Args:
         activations: (n, d_in) tensor or array; a path to .npy, .safetensors (one tensor, or the one
-            named `activations`), a folder of such files or one that `sae harvest` wrote; or an
-            iterable of (n, d_in) batches.
+            named `activations`), a folder of such files or one that `sae harvest` wrote; an
+            iterable of (n, d_in) batches; or a list of tensors, arrays or paths, one a place, whose
+            rows i are of one token.
 
     Errors: ValueError or TypeError for what is none of these, is empty, or has other axes.
     """
+    if isinstance(activations, (list, tuple)) and activations and is_matrix(activations[0]):
+        rows, widths = join_places(activations)
+        return ArraySource(rows, "activations", seed, rank, world_size, widths)
     if isinstance(activations, (str, Path)):
         return ArraySource(read_rows(Path(activations)), str(activations), seed, rank, world_size)
     if isinstance(activations, Tensor):
@@ -60,7 +64,13 @@ class ArraySource:
     """
 
     def __init__(
-        self, rows: Tensor | HarvestedRows, name: str, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        rows: Tensor | HarvestedRows,
+        name: str,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        widths: tuple[int, ...] = (),
     ):
         require_matrix(rows, name)
         if len(rows) < world_size:
@@ -68,7 +78,7 @@ class ArraySource:
                 f"`{name}` must hold a row for each of {world_size} processes; it holds "
                 f"{len(rows)}. Launch fewer."
             )
-        self.rows, self.name, self.d_in = rows.detach(), name, rows.shape[1]
+        self.rows, self.name, self.widths = rows.detach(), name, widths or (rows.shape[1],)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._begin_epoch(0)
         # Once for all on a GPU: a check per batch would make every step wait.
@@ -129,7 +139,7 @@ class ArraySource:
 
     def _identity(self) -> dict[str, float]:
         """Return what tells one data set from another: its shape and a sum over a sample."""
-        shape = {"n_rows": len(self.rows), "d_in": self.d_in, "seed": self.seed}
+        shape = {"n_rows": len(self.rows), "d_in": sum(self.widths), "seed": self.seed}
         return {**shape, "sum": float(self.calibration_sample().double().sum())}
 
     def _take(self, n: int) -> Tensor:
@@ -166,7 +176,7 @@ class IteratorSource:
     def __init__(self, batches: Iterator[Any]):
         self.name, self.batches = "activations", batches
         self.pending = self._pull()
-        self.d_in = self.pending.shape[1]
+        self.widths = (self.pending.shape[1],)
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:
         """Do nothing: the rows are there."""
@@ -234,6 +244,33 @@ class IteratorSource:
 
 class EndOfActivationsError(ValueError):
     """An iterator ended before the run did."""
+
+
+def is_matrix(given: Any) -> bool:
+    """Say whether something is what one place's rows can be given as, and no batch of numbers."""
+    if isinstance(given, (str, Path)):
+        return True
+    return isinstance(given, Tensor) or hasattr(given, "__array__")
+
+
+def join_places(places: Sequence[Any]) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the rows of several places side by side, in memory, and the places' widths.
+
+    Errors: ValueError where they have not the same number of rows.
+    """
+    matrices = [
+        read_rows(Path(given)) if isinstance(given, (str, Path)) else torch.as_tensor(given)
+        for given in places
+    ]
+    for number, matrix in enumerate(matrices):
+        require_matrix(matrix, f"activations[{number}]")
+    if len({len(matrix) for matrix in matrices}) > 1:
+        raise ValueError(
+            "`activations` must have as many rows at every place, row i being of one token; got "
+            f"{[len(matrix) for matrix in matrices]}. Collect them from the same tokens."
+        )
+    rows = [matrix[:] for matrix in matrices]
+    return torch.cat(rows, 1), tuple(matrix.shape[1] for matrix in matrices)
 
 
 def require_matrix(rows: Tensor | HarvestedRows, name: str) -> None:

@@ -31,6 +31,12 @@ def buffer_tokens(cfg: StreamConfig, context_size: int) -> int:
     return cfg.buffer_tokens or max(DEFAULT_BUFFER_TOKENS, MIN_CONTEXTS_IN_BUFFER * context_size)
 
 
+def side_by_side(rows: Rows) -> Tensor:
+    """Return a token's rows at all hookpoints as one, (n, Σ widths); not copied where there is one
+    hookpoint."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
 class BufferedSource:
     """Shuffled rows of one or several hookpoints; an `ActivationSource`.
 
@@ -55,7 +61,7 @@ class BufferedSource:
         self.device, self.over_ranks, self.max_norm_ratio = device, over_ranks, max_norm_ratio
         first = next(iter(streams.values()))
         self.names, self.widths = first.names, first.widths
-        self.name, self.d_in = " + ".join(first.names), first.widths[0]
+        self.name = " + ".join(first.names)
         self.dtypes = tuple(
             dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype) for dtype in first.dtypes
         )
@@ -93,9 +99,8 @@ class BufferedSource:
         self._logged = (time.monotonic(), self.waited_seconds)
 
     def next_batch(self, n: int) -> Tensor:
-        """Return the next n activations, (n, d_in), of the only hookpoint, in its dtype."""
-        (rows,) = self.next_rows(n)
-        return rows
+        """Return the next n rows, (n, Σ widths), in the hookpoints' dtype."""
+        return side_by_side(self.next_rows(n))
 
     def next_rows(self, n: int) -> Rows:
         """Return the next n rows of every hookpoint, (n, width) each; row i is of one token.
@@ -116,8 +121,8 @@ class BufferedSource:
         return tuple(torch.cat(rows).to(self.device, non_blocking=True) for rows in columns)
 
     def calibration_sample(self) -> Tensor:
-        """Return activations (m, d_in) of the first hookpoint, to calibrate by."""
-        return self.calibration_rows()[0]
+        """Return rows (m, Σ widths) to calibrate by."""
+        return side_by_side(self.calibration_rows())
 
     def calibration_rows(self) -> Rows:
         """Return rows of every hookpoint, float32 on CPU, from the beginning of each lane.

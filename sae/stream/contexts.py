@@ -23,6 +23,7 @@ class Contexts:
 
 @dataclass(frozen=True)
 class CapturedContexts(Contexts):
-    """Contexts with the model's activations at one hookpoint, (b, t, d_in), in raw units."""
+    """Contexts with the model's activations, (b, t, d), in raw units; of several places side
+    by side."""
 
     activations: Tensor

@@ -86,6 +86,23 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
         return _load_tokenizer(place, cfg.revision if is_on_hub else None)
 
 
+def load_outline(cfg: ModelConfig) -> nn.Module:
+    """Return the model that `cfg.name` names without weights or memory, on torch's meta device.
+
+    Errors as for the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = _locate(cfg.name)
+    is_on_hub = isinstance(place, str)
+    with quiet_transformers(show_progress=False), _clear_errors(cfg.name):
+        config = AutoConfig.from_pretrained(
+            place, revision=cfg.revision if is_on_hub else None, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval()
+
+
 def model_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights; auto is bfloat16 where `device` multiplies it natively."""
     if name == "auto":

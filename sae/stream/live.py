@@ -8,48 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae.config import StreamConfig
 from sae.stream.contexts import CapturedContexts, Contexts
-from sae.stream.hookpoints import Hookpoint, capture
 from sae.stream.lanes import norms
 from sae.stream.reader import Reader
 from sae.stream.rows import Block
 from sae.stream.tokens import ContextStream
 
-if TYPE_CHECKING:
-    from sae.stream.language_model import LanguageModel
-
 
 def capture_contexts(
-    lm: LanguageModel, hookpoint: Hookpoint, contexts: Contexts, *, max_norm: float | None = None
+    reader: Reader, contexts: Contexts, *, max_norm: float | None = None
 ) -> CapturedContexts:
-    """Run the model on `contexts` up to the hookpoint.
+    """Run the model on `contexts` up to the last place; activations of several are side by side.
 
-    `max_norm`, in raw units, also drops tokens of larger activation norm from `is_kept`.
+    `max_norm`, in raw units, also drops tokens of larger norm at the first place from `is_kept`.
     """
-    activations = capture(lm.module, [hookpoint], contexts.tokens)[hookpoint]
-    is_kept = contexts.is_kept.to(activations.device)
+    parts = reader.read(contexts.tokens)
+    is_kept = contexts.is_kept.to(parts[0].device)
     if max_norm is not None:
-        is_kept = is_kept & (norms(activations) <= max_norm)
+        is_kept = is_kept & (norms(parts[0]) <= max_norm)
+    activations = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     fields = {f.name: getattr(contexts, f.name) for f in dataclasses.fields(Contexts)}
     return CapturedContexts(**{**fields, "is_kept": is_kept}, activations=activations)
 
 
 def captured_contexts(
-    lm: LanguageModel,
-    hookpoint: Hookpoint,
+    reader: Reader,
     contexts: Iterable[Contexts],
     *,
     max_norm: float | None = None,
 ) -> Iterator[CapturedContexts]:
     """Yield each batch of contexts with its activations."""
     for batch in contexts:
-        yield capture_contexts(lm, hookpoint, batch, max_norm=max_norm)
+        yield capture_contexts(reader, batch, max_norm=max_norm)
 
 
 class LiveRows:

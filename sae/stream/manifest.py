@@ -21,7 +21,7 @@ from sae.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 # All rows are on disk, whoever reads leaves some out; and any device may have made them.
-READER_SETTINGS = ("data.max_norm_ratio", "model.device")
+READER_SETTINGS = ("data.max_norm_ratio", "model.device", "model.target")
 FORMAT = 1
 End = Literal["tokens", "text"]
 

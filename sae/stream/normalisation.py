@@ -31,9 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder, fold_affine, to_raw_units, with_layer_norm
+from sae.coder import SparseCoder, fold_affine, rescale_code_, to_raw_units, with_layer_norm
 from sae.coder.initialisation import OverRanks
 from sae.coder.layer_norm import layer_norm
+from sae.coder.sites import Sites
 from sae.config import NormalisationName
 
 FLOOR = 1e-4
@@ -47,9 +48,11 @@ class Normaliser:
 
     Attributes:
         kind: a row of FITS.
-        shift: (d_in), subtracted first. None: nothing is.
-        factor: a number (), one a dimension (d_in), or a symmetric matrix (d_in, d_in). None: 1.
+        shift: (d), subtracted first. None: nothing is.
+        factor: a number (), one a dimension (d), or a symmetric matrix (d, d). None: 1.
         inverse: what undoes factor, of its shape.
+
+    d is the width of a row; of several places, each has its own statistics, side by side.
 
     The tensors are float32, and are meant as they are rounded.
     """
@@ -62,18 +65,35 @@ class Normaliser:
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, sample: Tensor, kind: NormalisationName, over_ranks: OverRanks = lambda x: x
+        cls,
+        sample: Tensor,
+        kind: NormalisationName,
+        over_ranks: OverRanks = lambda x: x,
+        *,
+        sites: Sites | None = None,
+        is_tied: bool = False,
     ) -> Normaliser:
-        """Return the normaliser of `kind` for activations like `sample` (m, d_in), on its device.
+        """Return the normaliser of `kind` for activations like `sample` (m, d), on its device.
 
         Args:
             over_ranks: adds a tensor up over the processes that train together, each of which
                 gives its own sample, of any size.
+            sites: the places of a row; None: one. is_tied: give all written places one factor,
+                that of their rows together.
 
         Errors: ValueError where a sample is too small to whiten by, or a token too narrow to norm.
         """
-        fitted = FITS[kind](PooledSample(sample, over_ranks))
-        return cls(kind, *(None if part is None else part.float() for part in fitted))
+        columns = sites.columns() if sites else [slice(None)]
+        groups = [[place] for place in columns]
+        if sites and is_tied:
+            n_read = len(sites.reads)
+            groups = [*([place] for place in columns[:n_read]), columns[n_read:]]
+        fitted: list[Fitted] = []
+        for places in groups:
+            rows = torch.cat([sample[:, place] for place in places])
+            fitted += [FITS[kind](PooledSample(rows, over_ranks))] * len(places)
+        joined = fitted[0] if len(fitted) == 1 else _side_by_side(fitted, columns)
+        return cls(kind, *(None if part is None else part.float() for part in joined))
 
     def apply(self, x: Tensor) -> Tensor:
         """Return raw x (n, d_in) in training units, float32; waits for no device."""
@@ -90,15 +110,22 @@ class Normaliser:
         """Return a copy of `coder`, trained on `apply(x)`, that works on x.
 
         Its code is that of training; but for mean_norm it is in raw units, like the activations.
-        Decoder rows are of norm 1 where they were, but for standardise and whiten.
+        Decoder rows are of norm 1 where they were, but for standardise and whiten, and where places
+        of different scales are written: then about 1.
         """
         if self.kind == "layer_norm":
             return with_layer_norm(coder)
-        if self.shift is None:
+        if (self.factor is None or self.factor.ndim == 0) and self.shift is None:
             return to_raw_units(coder, 1.0 if self.factor is None else float(self.factor))
         assert self.factor is not None
         assert self.inverse is not None
-        return fold_affine(coder, self.shift, self.factor, self.inverse)
+        raw = fold_affine(coder, self.shift, self.factor, self.inverse)
+        if self.kind != "mean_norm":
+            return raw
+        written = [self.factor[place][0].item() for place in coder.sites.columns()]
+        written = written[-len(coder.sites.written_widths) :]
+        raw.metadata["site_factors"] = [factor / written[0] for factor in written]
+        return rescale_code_(raw, 1 / written[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state, by name; live tensors, not copies."""
@@ -183,6 +210,22 @@ def floored_deviations(variances: Tensor) -> Tensor:
     floored = variances.clamp_min(FLOOR * mean)
     left = (variances.clamp_min(0) / floored).mean().sqrt()  # 1 where nothing was raised
     return torch.where(mean > 0, floored.sqrt() * left, 1.0)
+
+
+def _side_by_side(fitted: list[Fitted], columns: list[slice]) -> Fitted:
+    """Return the shift and factors of a row from those of its places."""
+    shifts, *factors = zip(*fitted, strict=True)
+    shift = None if shifts[0] is None else torch.cat(shifts)
+    if factors[0][0] is None:
+        return shift, None, None
+    if factors[0][0].ndim == 2:
+        return shift, torch.block_diag(*factors[0]), torch.block_diag(*factors[1])
+    widths = [place.stop - place.start for place in columns]
+    factor, inverse = (
+        torch.cat([part.expand(width) for part, width in zip(parts, widths, strict=True)])
+        for parts in factors
+    )
+    return shift, factor, inverse
 
 
 def _symmetric(directions: Tensor, eigenvalues: Tensor) -> Tensor:

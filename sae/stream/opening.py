@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -13,36 +13,43 @@ from sae.stream.documents import Documents, Part, open_documents
 from sae.stream.hookpoints import Hookpoint, find_hookpoints_of
 from sae.stream.language_model import LanguageModel, load_language_model, load_tokenizer
 from sae.stream.live import LiveRows
+from sae.stream.outline import others, require_places
 from sae.stream.reader import Reader
 from sae.stream.tokens import ContextStream
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A language model, or two that are compared, the hookpoints that `cfg` names, and its text."""
+    """A language model, or two that are compared, the hookpoints that `cfg` names, and its text.
+
+    targets: the hookpoints that are written, where these are others than `hookpoints`.
+    """
 
     cfg: Config
     lm: LanguageModel
     hookpoints: tuple[Hookpoint, ...]
     documents: Documents
     other: LanguageModel | None = None
+    targets: tuple[Hookpoint, ...] = ()
 
     @property
     def hookpoint(self) -> Hookpoint:
         """The only hookpoint.
 
-        Errors: ValueError where `cfg` names several.
+        Errors: ValueError where `cfg` names several places.
         """
-        require_single(self.hookpoints, self.other is not None)
+        require_single((*self.hookpoints, *self.targets), self.other is not None)
         return self.hookpoints[0]
 
     def reader(self) -> Reader:
-        """Return what reads all hookpoints."""
-        return Reader(self.lm, self.hookpoints, self.other)
+        """Return what reads all places, those that are written last."""
+        return Reader(self.lm, (*self.hookpoints, *self.targets), self.other)
 
     def rows(self, reader: Reader, *, lane: int = 0, n_lanes: int = 1) -> LiveRows:
         """Return the training documents' activations, one lane of them, at their beginning."""
         origin = {"model_name": self.cfg.model.name, "context_size": self.cfg.data.context_size}
+        if self.other is not None:
+            origin["model_other"] = self.other.name
         return LiveRows(
             reader,
             lambda: self.contexts("train", rank=lane, world_size=n_lanes),
@@ -79,14 +86,14 @@ def open_model(
     documents = open_documents(cfg.data)
     require(documents)
     _require_same_tokenizer(cfg)
+    require_places(cfg)
     device = model_device(cfg, device)
     lm = load_language_model(cfg.model, device)
     _require_fitting_contexts(cfg, lm)
     hookpoints = tuple(find_hookpoints_of(lm.module, cfg.model.hookpoint))
-    other = None
-    if cfg.model.other is not None:
-        other = load_language_model(replace(cfg.model, name=cfg.model.other, revision=None), device)
-    return OpenedModel(cfg, lm, hookpoints, documents, other)
+    targets = tuple(find_hookpoints_of(lm.module, cfg.model.target)) if cfg.model.target else ()
+    other = None if cfg.model.other is None else load_language_model(others(cfg.model), device)
+    return OpenedModel(cfg, lm, hookpoints, documents, other, targets)
 
 
 def model_device(cfg: Config, device: torch.device) -> torch.device:
@@ -114,12 +121,11 @@ def _require_same_tokenizer(cfg: Config) -> None:
     """Refuse two models that read text as different tokens, before any weights load."""
     if cfg.model.other is None:
         return
-    mine = load_tokenizer(cfg.model)
-    others = load_tokenizer(replace(cfg.model, name=cfg.model.other, revision=None))
-    if mine.get_vocab() != others.get_vocab():
+    mine, theirs = load_tokenizer(cfg.model), load_tokenizer(others(cfg.model))
+    if mine.get_vocab() != theirs.get_vocab():
         raise ValueError(
             f"`model.other` must have the tokenizer of `model.name`; {cfg.model.other!r} has "
-            f"{len(others.get_vocab())} tokens, {cfg.model.name!r} {len(mine.get_vocab())}, and "
+            f"{len(theirs.get_vocab())} tokens, {cfg.model.name!r} {len(mine.get_vocab())}, and "
             "they differ. Choose a model of the same family."
         )
 

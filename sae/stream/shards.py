@@ -22,6 +22,7 @@ from sae.config import Config
 from sae.stream.hookpoints import choose_names
 from sae.stream.manifest import Manifest, differences, plain_settings, read_complete
 from sae.stream.prefetch import Prefetched
+from sae.stream.reader import OTHER
 from sae.stream.rows import Block
 from sae.stream.shard_files import ShardFile
 
@@ -42,12 +43,22 @@ def open_shards(cfg: Config, seed: int, lane: int = 0, n_lanes: int = 1) -> Shar
     require_match(folder, manifest, cfg)
     return ShardRows(
         folder,
-        choose_names(cfg.model.hookpoint, manifest.names),
+        places(cfg, manifest.names),
         seed=seed,
         lane=lane,
         n_lanes=n_lanes,
         resident_tokens=cfg.stream.resident_tokens // n_lanes,
     )
+
+
+def places(cfg: Config, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which of the hookpoints that were harvested `cfg` asks for: those that are written
+    last."""
+    read = choose_names(cfg.model.hookpoint, names)
+    if cfg.model.other is not None:
+        theirs = [OTHER + name for name in read]
+        return (*read, *(name for name in names if name in theirs))
+    return read if cfg.model.target is None else (*read, *choose_names(cfg.model.target, names))
 
 
 def require_match(folder: Path, manifest: Manifest, cfg: Config) -> None:

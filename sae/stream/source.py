@@ -1,4 +1,4 @@
-"""What a coder is trained on: anything that hands out (n, d_in) batches and knows its place.
+"""What a coder is trained on: anything that hands out batches of rows and knows its place.
 
 The trainer sees this interface only; `live` gives it a language model, `arrays` tensors, files and
 iterators.
@@ -32,14 +32,15 @@ class ActivationSource(Protocol):
     name: str
     """Where the activations come from, for messages and metadata."""
 
-    d_in: int
+    widths: tuple[int, ...]
+    """The widths of the places in a row (`coder.sites`)."""
 
     def warm_up(self, tell: Callable[[int, int], None]) -> None:
         """Do what the first batch needs and takes long, telling (rows ready, rows needed)."""
         ...
 
     def next_batch(self, n: int) -> Tensor:
-        """Return the next n activations, (n, d_in)."""
+        """Return the next n rows: a token's activations at all places, (n, Σ widths)."""
         ...
 
     def next_rows(self, n: int) -> tuple[Tensor, ...]:
@@ -47,7 +48,7 @@ class ActivationSource(Protocol):
         ...
 
     def calibration_sample(self) -> Tensor:
-        """Return activations, (m, d_in), without moving the source."""
+        """Return rows, (m, Σ widths), without moving the source."""
         ...
 
     def state(self) -> SourceState:

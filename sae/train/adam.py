@@ -8,6 +8,7 @@ from torch.optim.adam import adam
 
 import sae_kernels
 from sae.coder import SparseCoder
+from sae.coder.coder import OF_NO_LATENT
 from sae.config import MomentFormat
 
 EPS = 1e-8
@@ -98,6 +99,6 @@ class AdamState:
     def reset_latents_(self, _: SparseCoder, latents: Tensor) -> None:
         """Forget the gradients of these latents, after their weights were replaced."""
         for name, moments in self.moments.items():
-            if name != "b_dec":
+            if name not in OF_NO_LATENT:
                 moments.m[latents], moments.v[latents] = 0, 0
                 moments.m_scale[latents], moments.v_scale[latents] = 1, 1

@@ -31,14 +31,17 @@ class TrainingModule(nn.Module):
     def forward(
         self, x: Tensor, dead_indices: Tensor, values: StepValues
     ) -> tuple[dict[str, Tensor], Tensor, SparseCode | Tensor]:
-        """Return the losses of x (n, d_in), "loss" being their sum; the residual; the code."""
+        """Return the losses of rows x (n, sites.width), "loss" being their sum; the residual; the
+        code."""
         coder, variance = self.coder, self.variance
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            encoding = coder.encode_for_losses(x, values)
-            residual, loss = reconstruct(coder, encoding.code, x, values, variance)
+            read, target = coder.sites.read(x), coder.target(x)
+            encoding = coder.encode_for_losses(read, values)
+            residual, loss = reconstruct(coder, encoding.code, target, values, variance)
             given = LossInputs(
                 coder,
-                x,
+                read,
+                target,
                 residual,
                 encoding.code,
                 dead_indices,
@@ -85,5 +88,5 @@ class AutogradStep:
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):
                 losses, residual, code = self.module(x, state.dead.indices, values)
                 (losses["loss"] / n_micro).backward()
-            state.metrics.update(x, residual, code, losses)
+            state.metrics.update(state.coder.sites.written(x), residual, code, losses)
             state.dead.update(code, state.tokens_seen + self.cfg.train.batch_tokens)

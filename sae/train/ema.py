@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder
+from sae.coder.coder import OF_NO_LATENT
 
 
 class Ema:
@@ -31,5 +32,5 @@ class Ema:
     def reset_latents_(self, coder: SparseCoder, latents: Tensor) -> None:
         """Let the averages of these latents begin at their weights, which were replaced."""
         for name, parameter in coder.named_parameters():
-            if name != "b_dec":
+            if name not in OF_NO_LATENT:
                 self.tensors[name][latents] = parameter[latents]

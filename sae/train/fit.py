@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.coder import SparseCoder, save_dictionary
+from sae.coder.sites import Sites
 from sae.config import ActivationName, Config
 from sae.configuration import dotted_keys, from_flat, unknown_key_message
 from sae.stream.arrays import open_source
@@ -40,7 +41,8 @@ def fit(
 
     Args:
         activations: a tensor or array (n, d_in), a path (.npy, .safetensors or a folder of them),
-            or an iterator of (n, d_in) batches.
+            or an iterator of (n, d_in) batches. For a transcoder a list of two of these, of what
+            is read and what is written; for a crosscoder, one a place.
         d_sae: number of latents; None: 8 · d_in. k: active latents a token (topk).
         tokens: rows trained on, counting repeats; None: ten passes over a tensor, array or path,
             at least 100,000.
@@ -69,7 +71,8 @@ def fit(
         if accelerator.is_main_process:
             require_free(folder, cfg)
         accelerator.wait_for_everyone()
-    cfg = resolve(cfg, source.d_in, folder, accelerator.device)
+    sites = Sites.of(cfg.coder, source.widths)
+    cfg = resolve(cfg, sites, folder, accelerator.device)
     resume_from = prepare_folder(cfg, folder, accelerator) if folder else None
     coder = train_coder(
         cfg, source, accelerator, folder=folder, resume_from=resume_from, is_shown=progress

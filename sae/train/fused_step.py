@@ -154,7 +154,7 @@ class FusedStep:
         found = self._decode(code, x, values)
         behind = self.behind(coder, code, found.grad_values * c)
         losses, aux = {"reconstruction": found.loss.sum() * c}, None
-        given = LossInputs(coder, x, found.residual, code, dead_indices, values)
+        given = LossInputs(coder, x, x, found.residual, code, dead_indices, values)
         if "auxk" in extra_loss_names(coder.cfg):
             losses["auxk"], aux = auxk_gradients(given)
         losses["loss"] = torch.stack(list(losses.values())).sum()

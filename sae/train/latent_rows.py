@@ -1,7 +1,8 @@
 """Replacing and reordering latents in all of the trainer's state at once.
 
-A latent is a row of every tensor but b_dec's and scalars': of the coder's parameters and buffers,
-of the optimiser's state with the scales of 8-bit moments, of averages, and of the dead counters.
+A latent is a row of every tensor but b_dec's, W_skip's and scalars': of the coder's parameters and
+buffers, of the optimiser's state with the scales of 8-bit moments, of averages, and of the dead
+counters.
 A step that keeps copies of weights must be told afterwards: `Step.weights_changed`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.coder.coder import OF_NO_LATENT
 from sae.train.distributed import sum_over_ranks
 from sae.train.state import LAST_FIRED, TrainState, coder_tensors
 
@@ -24,7 +26,7 @@ def tensors_by_latent(state: TrainState) -> dict[str, Tensor]:
     }
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            if tensor.ndim and name.split(".")[0] != "b_dec":
+            if tensor.ndim and name.split(".")[0] not in OF_NO_LATENT:
                 assert len(tensor) == d_sae, f"{group}.{name} must have a row a latent"
                 found[f"{group}.{name}"] = tensor.detach()
     return {**found, LAST_FIRED: state.dead.last_fired_at}

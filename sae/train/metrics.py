@@ -30,7 +30,8 @@ class MetricSums:
     def update(
         self, x: Tensor, residual: Tensor, code: SparseCode | Tensor, losses: Mapping[str, Tensor]
     ) -> None:
-        """Add one batch: x and residual (n, d_in), its code, its mean losses."""
+        """Add one batch: x, what was to be written, and residual (n, d_out), its code, its mean
+        losses."""
         shifted = x - self.centre
         self.sums["n"].add_(len(x))
         self._add("x", shifted.sum(0))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
@@ -114,7 +115,8 @@ def plan(cfg: Config, *, seconds: float = CALIBRATION_SECONDS) -> Plan:
     source = open_source(with_small_buffer(cfg), accelerator)
     assert isinstance(source, BufferedSource)
     try:
-        cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, device)
+        sites = Sites.of(cfg.coder, source.widths)
+        cfg = resolve(with_dtypes(cfg, source), sites, folder, device)
         loading = peak(device)
         reset_peak(device)
         state = make_state(cfg, source, accelerator)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.coder.coder import OF_NO_LATENT
 from sae.config import HAVE_K, Config
 from sae.train.distributed import gathered_rows, max_over_ranks
 from sae.train.latent_rows import reset_latents_
@@ -91,5 +92,5 @@ def _replace_(state: TrainState, latents: Tensor, inputs: Tensor) -> None:
             rows[latents] = (share * norm * unit).to(rows.dtype)
         elif name == "threshold":
             rows[latents] = share * rows[alive].mean()
-        elif name != "b_dec":
+        elif name not in OF_NO_LATENT:
             rows[latents] = 0

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from sae.coder import save_dictionary
 from sae.coder.coder import resolve as resolve_coder
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import flatten, from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
@@ -50,7 +51,8 @@ def run(cfg: Config) -> Path:
     cfg = with_lanes(cfg, folder, accelerator.num_processes)
     source = open_source(cfg, accelerator)
     try:
-        cfg = resolve(with_dtypes(cfg, source), source.d_in, folder, accelerator.device)
+        sites = Sites.of(cfg.coder, source.widths)
+        cfg = resolve(with_dtypes(cfg, source), sites, folder, accelerator.device)
         resume_from = prepare_folder(cfg, folder, accelerator)
         coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
     finally:
@@ -114,7 +116,8 @@ def model_lanes(
     # A packaged model is converted once, by the first process that asks for it.
     with accelerator.main_process_first():
         opened = open_model(cfg, accelerator.device)
-    require_single(opened.hookpoints, opened.other is not None)
+    if cfg.coder.site == "sae":
+        require_single(opened.hookpoints, opened.other is not None)
     reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
     return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
 
@@ -123,7 +126,8 @@ def shard_lanes(cfg: Config, lanes: Iterable[int], _: Accelerator) -> dict[int, 
     """Open the shards of `cfg`; no model is loaded."""
     n_lanes = cfg.stream.lanes or 1
     streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}
-    require_single(next(iter(streams.values())).names)
+    if cfg.coder.site == "sae":
+        require_single(next(iter(streams.values())).names)
     return dict(streams)
 
 
@@ -138,9 +142,9 @@ def with_lanes(cfg: Config, folder: Path, n_processes: int) -> Config:
     return replace(cfg, stream=replace(cfg.stream, lanes=lanes))
 
 
-def resolve(cfg: Config, d_in: int, folder: Path | None, device: torch.device) -> Config:
+def resolve(cfg: Config, sites: Sites, folder: Path | None, device: torch.device) -> Config:
     """Return `cfg` with every derived value filled in: what is saved with the run."""
-    coder = resolve_coder(cfg.coder, d_in)
+    coder = resolve_coder(cfg.coder, sites)
     assert coder.d_sae is not None
     has_buffer = not cfg.world.name
     tokens_held = buffer_tokens(cfg.stream, cfg.data.context_size) if has_buffer else None

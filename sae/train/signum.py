@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder
-from sae.coder.coder import unit_rows_
+from sae.coder.coder import OF_NO_LATENT, unit_rows_
 
 TOWARDS_AVERAGE = 0.95
 
@@ -62,6 +62,6 @@ class Signum:
     def reset_latents_(self, coder: SparseCoder, latents: Tensor) -> None:
         """Let z and x of these latents begin at their weights, which were replaced."""
         for name, parameter in coder.named_parameters():
-            if name != "b_dec":
+            if name not in OF_NO_LATENT:
                 rows = parameter.detach()[latents]
                 self.z[name][latents], self.x[name][latents] = rows, rows

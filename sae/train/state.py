@@ -29,8 +29,8 @@ class Calibration:
     """What was estimated before the first step.
 
     normaliser: from raw activations to the units that the coder is trained in; the rest is in
-    these. variance: mean squared distance of activations from their mean. mean: (d_in). b_dec:
-    (d_in), its start.
+    these, and of what is written. variance: mean squared distance of activations from their mean.
+    mean: (d_out). b_dec: (d_out), its start.
     """
 
     normaliser: Normaliser
@@ -73,7 +73,9 @@ class TrainState:
         averages = self.averages()
         if not averages:
             return self.coder
-        kept = SparseCoder(self.coder.d_in, self.coder.cfg, self.coder.metadata)
+        kept = SparseCoder(
+            self.coder.d_in, self.coder.cfg, self.coder.metadata, sites=self.coder.sites
+        )
         kept.load_state_dict(self.coder.state_dict())
         with torch.no_grad():
             for name, average in averages.items():

@@ -29,7 +29,8 @@ class Step(Protocol):
     def __call__(
         self, inputs: Iterable[Tensor], lr: float, values: StepValues | None = None
     ) -> None:
-        """Train on this process's micro-batches, each (n, d_in) float32 in training units.
+        """Train on this process's micro-batches of rows, each (n, Σ widths) float32 in training
+        units.
 
         `values` are what schedules say now; None leaves the configuration's own.
         """
@@ -83,6 +84,8 @@ def _obstacle(cfg: Config) -> str | None:
         return f"`train.optimizer: {cfg.train.optimizer}`"
     if ACTIVATIONS[cfg.coder.activation].backward is None:
         return f"`coder.activation: {cfg.coder.activation}`"
+    if cfg.coder.site in ("transcoder", "cross_layer"):
+        return f"`coder.site: {cfg.coder.site}`"
     for name in ONLY_BY_AUTOGRAD:
         if getattr(cfg.coder, name):
             return f"`coder.{name}: {getattr(cfg.coder, name)}`"

@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sae.coder import SparseCoder
-from sae.coder.initialisation import initial_b_dec, start_thresholds_
+from sae.coder.initialisation import initial_b_dec, start_biases_, start_thresholds_
 from sae.coder.losses import extra_loss_names
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.stream.normalisation import Normaliser, PooledSample
+from sae.stream.reader import OTHER
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
 from sae.train import resampling
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
@@ -103,12 +105,16 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
     """Return the state before the first step: calibrated, initialised, on the device."""
     device = accelerator.device
     sample = source.calibration_sample().to(device)
-    calibration = calibrate(sample, cfg)
-    metadata = source.metadata()
-    coder = SparseCoder.create(source.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata)
+    sites = Sites.of(cfg.coder, source.widths)
+    calibration = calibrate(sample, cfg, sites)
+    metadata = {**source.metadata(), **place_names(source, sites, cfg)}
+    coder = SparseCoder.create(
+        sites.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata, sites=sites
+    )
     coder.to(device)
     with torch.no_grad():
         coder.b_dec.copy_(calibration.b_dec)
+    start_biases_(coder, calibration.normaliser.apply(sample), sum_over_ranks)
     start_thresholds_(coder, calibration.normaliser.apply(sample), sum_over_ranks)
     assert cfg.train.dead_after_tokens is not None
     assert cfg.coder.k_aux is not None
@@ -131,13 +137,32 @@ def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) 
     )
 
 
-def calibrate(sample: Tensor, cfg: Config) -> Calibration:
-    """Return normaliser, variance, mean and b_dec from a sample (m, d_in) of every process.
+def place_names(source: ActivationSource, sites: Sites, cfg: Config) -> dict[str, object]:
+    """Return what a dictionary of other places than one remembers of them, if they have names."""
+    names = getattr(source, "names", None)
+    if cfg.coder.site == "sae" or names is None:
+        return {}
+    n_read = len(sites.reads)
+    read = [name for name in names[:n_read] if not name.startswith(OTHER)]
+    written = {"hook_name_out": ",".join(names[n_read:])} if sites.writes else {}
+    return {"hook_name": ",".join(read), **written}
+
+
+def calibrate(sample: Tensor, cfg: Config, sites: Sites) -> Calibration:
+    """Return normaliser, variance, mean and b_dec from a sample (m, Σ widths) of every process.
+
+    All but the normaliser are of what is written.
 
     Errors: ValueError where all activations are equal.
     """
-    normaliser = Normaliser.fit(sample, cfg.stream.normalisation, sum_over_ranks)
-    x = normaliser.apply(sample)
+    normaliser = Normaliser.fit(
+        sample,
+        cfg.stream.normalisation,
+        sum_over_ranks,
+        sites=sites,
+        is_tied=cfg.coder.tie_decoders,
+    )
+    x = sites.written(normaliser.apply(sample))
     pooled = PooledSample(x, sum_over_ranks)
     mean = pooled.mean(lambda rows: rows.sum(0))
     variance = float(pooled.mean(lambda rows: (rows - mean).square().sum()))
@@ -230,7 +255,7 @@ def _inputs(cfg: Config, state: TrainState, accelerator: Accelerator) -> Iterato
 
 
 def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
-    """Return this process's next n activations in training units, float32, on the device."""
+    """Return this process's next n rows in training units, float32, on the device."""
     try:
         x = state.source.next_batch(n)
     except NonFiniteActivationsError as error:

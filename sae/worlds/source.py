@@ -33,7 +33,7 @@ class WorldSource:
     ):
         self.world, self.seed, self.n_lanes = world, seed, n_lanes
         self.lanes = tuple(sorted(lanes))
-        self.name, self.d_in = f"the world {world.cfg.name}", world.d_in
+        self.name, self.widths = f"the world {world.cfg.name}", (world.d_in,)
         self.taken = 0
         self._blocks: dict[int, tuple[int, Tensor]] = {}
 

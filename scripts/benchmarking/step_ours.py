@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream.arrays import open_source
@@ -63,7 +64,7 @@ def settings(task: Task, step: str, precision: Precision, moments: Moments) -> C
         "train.mixed_precision": MIXED_PRECISION[precision],
         "run.seed": SEED,
     }
-    return resolve(from_flat(flat, Config()), shape.d, None, task.device)
+    return resolve(from_flat(flat, Config()), Sites((shape.d,)), None, task.device)
 
 
 def _take_loss(state: TrainState) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from benchmarking.stream_rates import ReadyRows, Row, buffered
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.train.distributed import make_accelerator
@@ -21,7 +22,7 @@ def waiting(cfg: Config, width: int, n_steps: int, refill: str) -> Row:
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     stream: Any = ReadyRows(width, 2048, dtype, accelerator.device)
     source = buffered(stream, cfg, refill=refill)
-    cfg = resolve(cfg, width, None, accelerator.device)
+    cfg = resolve(cfg, Sites((width,)), None, accelerator.device)
     state = make_state(cfg, source, accelerator)
     step = make_step(cfg, state, accelerator)
     source.warm_up(lambda *_: None)

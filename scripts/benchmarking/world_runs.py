@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sae
 from sae.coder import SparseCoder, save_dictionary
+from sae.coder.sites import Sites
 from sae.config import CoderConfig
 from sae.configuration import from_command_line, from_flat
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
@@ -133,7 +134,7 @@ def _ours(config: Path, task: Task) -> Trained:
     timed = TimedWorld(task.world)
     accelerator = make_accelerator(cfg.run, cfg.train)
     source = WorldSource(timed, seed=task.seed)  # type: ignore[arg-type]
-    cfg = resolve(cfg, source.d_in, None, accelerator.device)
+    cfg = resolve(cfg, Sites(source.widths), None, accelerator.device)
     start = time.perf_counter()
     coder = train_coder(cfg, source, accelerator, is_shown=False)
     seconds = time.perf_counter() - start

@@ -39,6 +39,7 @@ def loss_inputs(coder: SparseCoder, x: torch.Tensor, dead: torch.Tensor) -> Loss
     return LossInputs(
         coder,
         x,
+        x,
         x - coder.decode(encoding.code),
         encoding.code,
         dead,

@@ -20,7 +20,7 @@ def inputs(activation: str, dead: list[int]) -> LossInputs:
         coder.W_dec.mul_(torch.linspace(1, 2, 9)[:, None])
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     encoding = coder.encode_for_losses(x)
-    given = coder, x, x, encoding.code, torch.tensor(dead, dtype=torch.int64)
+    given = coder, x, x, x, encoding.code, torch.tensor(dead, dtype=torch.int64)
     return LossInputs(*given, StepValues.fixed(coder.cfg), encoding.pre_acts)
 
 

@@ -38,7 +38,7 @@ def losses_of(coder: SparseCoder, x: Tensor, values: StepValues | None = None) -
     residual, loss = reconstruct(coder, found.code, x, values, 3.0)
     dead = torch.arange(6)
     given = LossInputs(
-        coder, x, residual, found.code, dead, values, found.pre_acts, found.wider, 3.0
+        coder, x, x, residual, found.code, dead, values, found.pre_acts, found.wider, 3.0
     )
     return {"reconstruction": loss, **extra_losses(given)}
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from eval_stand_ins import FunctionCoder, assert_same
 
 from sae.evals import downstream
-from sae.evals.downstream import Downstream, counted_positions, position_losses, written_at
+from sae.evals.downstream import Downstream, counted_positions, position_losses
 from sae.evals.evaluable import Evaluable
 from sae.evals.inputs import rows_of
 from sae.evals.interface import EvalSetup, ModelBatch, Undefined
+from sae.evals.replacing import Places
 from sae.stream.contexts import Contexts
 from sae.stream.hookpoints import capture, edit
 
@@ -33,7 +34,7 @@ def batch_with(lm, hookpoint, contexts, activations):
 
     def make(reconstruct, **changes) -> ModelBatch:
         coder = Evaluable(FunctionCoder(reconstruct), D)
-        return replace(ModelBatch(coder, lm, hookpoint, contexts, mean), **changes)
+        return replace(ModelBatch(coder, lm, Places((hookpoint,)), contexts, mean), **changes)
 
     return make
 
@@ -77,12 +78,11 @@ def test_ablation_as_reconstruction_recovers_exactly_nothing(batch_with, lm, con
 
 
 def test_harmless_ablation_leaves_recovery_undefined(batch_with, lm, hookpoint, contexts):
-    zero_at_kept = written_at(contexts.is_kept.flatten(), torch.zeros_like)
-
     def ablate(activation):
         padded = torch.zeros(*contexts.tokens.shape, D)
         padded[:, : activation.shape[1]] = activation
-        return zero_at_kept(padded)[:, : activation.shape[1]]
+        padded[contexts.is_kept] = 0
+        return padded[:, : activation.shape[1]]
 
     with edit(lm.module, hookpoint, ablate):
         guessed = with_guessed_targets(lm, contexts)

@@ -29,6 +29,7 @@ def configured(folder: Path, lm_folder: Path, text_file: Path, **changed: object
     flat = {
         "model.name": str(lm_folder),
         "model.hookpoint": "model.layers.1, layers.2.mlp:in",
+        "model.dtype": "float32",
         "data.source": str(text_file),
         "data.context_size": 32,
         "data.held_out_fraction": 0.1,

@@ -15,12 +15,14 @@ from sae.configuration import from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
 from sae.stream.live import captured_contexts
 from sae.stream.opening import OpenedModel, open_model
+from sae.stream.reader import Reader
 
 
 def settings(tiny_lm_folder: Path, tiny_text_file: Path, **more: Any) -> dict[str, Any]:
     return {
         "model.name": str(tiny_lm_folder),
         "model.hookpoint": "model.layers.1",
+        "model.dtype": "float32",
         "data.source": str(tiny_text_file),
         "data.context_size": 32,
         "stream.buffer_tokens": 500,
@@ -51,7 +53,7 @@ def kept_rows(opened: OpenedModel, n: int) -> torch.Tensor:
     contexts = opened.contexts("train")
     batches = iter(lambda: contexts.next_batch(4), None)
     rows, n_rows = [], 0
-    for batch in captured_contexts(opened.lm, opened.hookpoints[0], batches):
+    for batch in captured_contexts(Reader(opened.lm, opened.hookpoints[:1]), batches):
         rows.append(batch.activations[batch.is_kept])
         n_rows += len(rows[-1])
         if n_rows >= n:
@@ -68,7 +70,7 @@ def test_the_buffer_holds_the_first_kept_activations(opened: OpenedModel):
     live.warm_up(lambda *_: None)
     (storage,) = live.lanes[0].buffer.storage
     assert torch.equal(sorted_rows(storage), sorted_rows(kept_rows(opened, 500)))
-    assert live.next_batch(7).shape == (7, live.d_in)
+    assert live.next_batch(7).shape == (7, live.widths[0])
 
 
 def test_the_buffer_knows_the_document_of_each_row(opened: OpenedModel):
@@ -161,7 +163,7 @@ def counting_layers(opened: OpenedModel) -> Any:
 def kept_of(opened: OpenedModel, number: int) -> torch.Tensor:
     contexts = opened.contexts("train")
     batches = [contexts.next_batch(4) for _ in range(6)]
-    captured = captured_contexts(opened.lm, opened.hookpoints[number], batches)
+    captured = captured_contexts(Reader(opened.lm, [opened.hookpoints[number]]), batches)
     return torch.cat([batch.activations[batch.is_kept] for batch in captured])
 
 

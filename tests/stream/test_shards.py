@@ -591,7 +591,7 @@ def test_a_folder_of_shards_is_a_matrix_for_fit(tmp_path: Path, monkeypatch, dty
     write_harvest(tmp_path / "one", dtype=dtype)
     expected = torch.tensor(all_ids()).to(dtype)
     source = open_source(tmp_path / "one", seed=2)
-    assert (source.d_in, len(source.rows)) == (3, 180)
+    assert (source.widths, len(source.rows)) == ((3,), 180)
     assert torch.equal(source.rows[:][:, 0], expected)
     assert torch.equal(
         source.rows[torch.tensor([179, 0, 45, 44])][:, 0], expected[[179, 0, 45, 44]]

@@ -23,7 +23,11 @@ def activations() -> torch.Tensor:
 def tiny_config(tmp_path: Path, tiny_lm_folder: Path, tiny_text_file: Path) -> Path:
     """A YAML file of a run on the tiny language model that takes a second; 24 steps."""
     tree = {
-        "model": {"name": str(tiny_lm_folder), "hookpoint": "model.layers.1"},
+        "model": {
+            "name": str(tiny_lm_folder),
+            "hookpoint": "model.layers.1",
+            "dtype": "float32",  # auto is bfloat16 on a CPU that multiplies it
+        },
         "data": {
             "source": str(tiny_text_file),
             "context_size": 32,

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import from_flat
 from sae.stream.arrays import open_source
@@ -23,7 +24,7 @@ SMALL = {"coder.d_sae": 64, "coder.k": 4, "coder.k_aux": 8, "train.dead_after_to
 def resolved(settings: dict[str, Any]) -> Config:
     """Return the resolved configuration of a toy run with `settings`, by dotted key."""
     flat = {**SMALL, "train.tokens": 400 * BATCH, "train.batch_tokens": BATCH, **settings}
-    return resolve(from_flat(flat, Config()), D_IN, None, torch.device("cpu"))
+    return resolve(from_flat(flat, Config()), Sites((D_IN,)), None, torch.device("cpu"))
 
 
 def make(

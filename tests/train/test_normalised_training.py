@@ -17,6 +17,7 @@ import sae
 import sae.train.trainer as trainer
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.layer_norm import undo_layer_norm
+from sae.coder.sites import Sites
 from sae.config import NormalisationName
 from sae.configuration import from_flat, read_run_config
 from sae.stream.normalisation import FITS, Normaliser
@@ -130,7 +131,7 @@ def test_a_resumed_run_keeps_the_normaliser_that_it_began_with(
     shutil.rmtree(run / "final")
     honest = Normaliser.fit
 
-    def otherwise(sample: Tensor, *rest: Any) -> Normaliser:
+    def otherwise(sample: Tensor, *rest: Any, **_: object) -> Normaliser:
         return honest(sample * 2 + sample.roll(1, 1), *rest)
 
     monkeypatch.setattr(Normaliser, "fit", otherwise)
@@ -149,7 +150,7 @@ def test_calibration_is_over_all_ranks(
     """Two threads stand for processes with unequal shares of the sample, sorted by size."""
     rows = activations[activations.norm(dim=1).argsort()]
     cfg = from_flat({"stream.normalisation": kind})
-    whole = trainer.calibrate(rows, cfg)
+    whole = trainer.calibrate(rows, cfg, Sites((rows.shape[1],)))
     barrier, given = threading.Barrier(2, timeout=20), [rows, rows]
     rank = threading.local()
 
@@ -164,7 +165,7 @@ def test_calibration_is_over_all_ranks(
 
     def calibrate(number: int) -> trainer.Calibration:
         rank.number = number
-        return trainer.calibrate((rows[:1000], rows[1000:])[number], cfg)
+        return trainer.calibrate((rows[:1000], rows[1000:])[number], cfg, Sites((rows.shape[1],)))
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(calibrate, range(2)))

@@ -101,7 +101,7 @@ def test_auxk_gradients_are_autograds(n_padded: int):
         coder.b_dec.normal_(generator=generator)
     dead = torch.tensor([3, 7, 11, 20, 33])
     residual = (x - coder(x)).detach()
-    given = LossInputs(coder, x, residual, coder.encode_sparse(x), dead, StepValues(k=4))
+    given = LossInputs(coder, x, x, residual, coder.encode_sparse(x), dead, StepValues(k=4))
     loss = auxk_loss(given)
     loss.backward()
     padded = torch.cat([dead, torch.full((n_padded,), coder.d_sae)])

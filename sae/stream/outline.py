@@ -1,0 +1,73 @@
+"""What a configuration says of a model's places, found out before the model's weights load.
+
+An outline is the model without memory (torch's meta device), made from its configuration alone:
+its modules have their names, its forward, on fake tensors, gives shapes and runs modules in their
+order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sae.coder.sites import Sites
+from sae.config import Config, ModelConfig
+from sae.stream.hookpoints import Hookpoint, capture, find_hookpoints_of
+from sae.stream.language_model import load_outline
+
+
+def others(cfg: ModelConfig) -> ModelConfig:
+    """Return the configuration of the second model alone."""
+    assert cfg.other is not None
+    return replace(cfg, name=cfg.other, revision=None, other=None)
+
+
+def require_places(cfg: Config) -> None:
+    """Refuse places that a coder of several cannot be trained on, by the models' outlines.
+
+    Errors: ValueError for a path that matches nothing, another number of places than the site
+    needs, widths that do not fit, and a place that is written before it is read.
+    """
+    if cfg.coder.site == "sae":
+        return
+    model = load_outline(cfg.model)
+    hookpoints = find_hookpoints_of(model, cfg.model.hookpoint)
+    targets = find_hookpoints_of(model, cfg.model.target) if cfg.model.target else []
+    if cfg.model.target and len(targets) != len(hookpoints):
+        raise ValueError(
+            "`model.target` must match as many modules as `model.hookpoint`; it matches "
+            f"{len(targets)}, that {len(hookpoints)}. Name one target for each."
+        )
+    found = _widths(model, [*hookpoints, *targets])
+    if found is None:
+        return  # the forward asks for values, not shapes: the reader finds out with the weights
+    for before, after in zip(hookpoints, targets, strict=False):
+        _require_order(before, after, list(found))
+    widths = [found[place] for place in (*hookpoints, *targets)]
+    if cfg.model.other is not None:
+        of_other = _widths(load_outline(others(cfg.model)), hookpoints)
+        widths += [] if of_other is None else [of_other[place] for place in hookpoints]
+    Sites.of(cfg.coder, tuple(widths))
+
+
+def _widths(model: nn.Module, places: list[Hookpoint]) -> dict[Hookpoint, int] | None:
+    """Return the places' widths in the order in which a forward comes by them; None where the
+    model does not run without values."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+            found = capture(model, places, tokens)
+    except (NotImplementedError, RuntimeError):
+        return None
+    return {place: activations.shape[-1] for place, activations in found.items()}
+
+
+def _require_order(before: Hookpoint, after: Hookpoint, in_order: list[Hookpoint]) -> None:
+    if in_order.index(before) >= in_order.index(after):
+        raise ValueError(
+            "`model.target` must come behind what is read in the model's forward; got "
+            f"`{after}` for `{before}`. Exchange them, or name a later module."
+        )

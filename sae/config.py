@@ -24,6 +24,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
+ModelLossName = Literal["none", "kl", "ce"]
 OptimizerName = Literal["adam", "muon", "signum"]
 DecayName = Literal["linear", "cosine", "none"]
 NormalisationName = Literal["none", "mean_norm", "standardise", "whiten", "layer_norm"]
@@ -719,6 +720,22 @@ class TrainConfig:
     k_anneal_fraction: float = 0.1
     """Share of the steps, at the start, over which k goes from k_start to `coder.k`."""
 
+    model_loss: ModelLossName = "none"
+    """What the language model loses when it runs on what the coder writes, added to the losses: kl,
+    its divergence from the clean model; ce, its next-token loss; none."""
+
+    model_loss_fraction: float = 0.1
+    """Share of the steps, at the end, that train with the model's loss; 1 trains end to end."""
+
+    model_loss_weight: float | None = None
+    """Weight of the model's loss; None: as much as makes it count like the reconstruction's."""
+
+    model_loss_contexts: int = 8
+    """Contexts on which a process takes the model's loss in one step, beside the step's batch."""
+
+    reconstruction_weight: float = 1.0
+    """Weight of the reconstruction's loss in steps with the model's loss; 0: the model's alone."""
+
     sparsity_warmup_fraction: float = 0.0
     """Share of the steps, at the start, over which the sparsity loss's weight rises linearly from
     0 (relu, gated, jumprelu)."""
@@ -790,6 +807,8 @@ class TrainConfig:
             "dead_refresh_steps",
             "k_start",
             "p_end",
+            "model_loss_weight",
+            "model_loss_contexts",
             "resample_every_tokens",
             "resample_until_fraction",
             "sort_latents_every_steps",
@@ -835,6 +854,7 @@ class TrainConfig:
         for name in (
             "k_anneal_fraction",
             "sparsity_warmup_fraction",
+            "model_loss_fraction",
             "resample_until_fraction",
             "p_end",
         ):
@@ -846,6 +866,27 @@ class TrainConfig:
                 value,
                 "Give a share of 1.",
             )
+        _require(
+            self.reconstruction_weight >= 0,
+            "train.reconstruction_weight",
+            "must not be negative",
+            self.reconstruction_weight,
+            "Use 1, or 0 to train by the model's loss alone.",
+        )
+        _require(
+            self.model_loss != "none" or self.reconstruction_weight == 1,
+            "train.reconstruction_weight",
+            "is for steps with a `train.model_loss`",
+            self.reconstruction_weight,
+            "Leave it out, or set `train.model_loss: kl`.",
+        )
+        _require(
+            self.reconstruction_weight > 0 or self.model_loss_weight is not None,
+            "train.model_loss_weight",
+            "must be given where the reconstruction, which it is balanced with, has no weight",
+            self.model_loss_weight,
+            "Use 1.",
+        )
         shares = (self.warmup_fraction, self.decay_fraction)
         _require(
             min(shares) >= 0 and sum(shares) <= 1,
@@ -978,6 +1019,13 @@ def _require_site_fits(cfg: Config) -> None:
         f"must be left out for `coder.site: {site}`, whose latents do not write what they read",
         cfg.train.resample_every_tokens,
         "Leave it out; AuxK revives latents.",
+    )
+    _require(
+        not cfg.world.name or cfg.train.model_loss == "none",
+        "train.model_loss",
+        "needs a language model, which a world has not",
+        cfg.train.model_loss,
+        "Leave it out.",
     )
     _require(
         not (cfg.world.name and site != "sae"),

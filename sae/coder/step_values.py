@@ -15,12 +15,14 @@ class StepValues:
         k: active latents a token (topk, batchtopk, matching_pursuit). sparsity: factor on the
             sparsity losses, in [0, 1]. p: exponent of the p_norm loss. prefixes: ends of the
             Matryoshka prefixes, increasing, the whole dictionary last; empty: no prefixes.
+        reconstruction: factor on the reconstruction's loss.
     """
 
     k: int
     sparsity: float = 1.0
     p: float = 1.0
     prefixes: tuple[int, ...] = ()
+    reconstruction: float = 1.0
 
     @classmethod
     def fixed(cls, cfg: CoderConfig) -> StepValues:

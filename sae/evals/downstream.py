@@ -130,6 +130,7 @@ class Downstream:
         return {f"delta_ce_p{p}": (at - ZERO_BIN) * BIN_NATS for p, at in bins.items()}
 
 
+@torch.no_grad()
 def position_losses(batch: ModelBatch, contexts: Contexts) -> dict[str, Tensor]:
     """Run the four passes and return, (n) each, what every counted position adds to each sum."""
     lm, places, coder = batch.lm, batch.places, batch.coder

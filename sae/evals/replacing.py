@@ -154,9 +154,8 @@ def _live(
         yield
 
 
-@torch.no_grad()
 def logits_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
-    """Return the logits (b, t, vocabulary) of tokens (b, t).
+    """Return the logits (b, t, vocabulary) of tokens (b, t); gradients pass.
 
     Errors: ValueError for a model that gives none.
     """

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sae.coder import SparseCoder, fold_affine, rescale_code_, to_raw_units, with_layer_norm
 from sae.coder.initialisation import OverRanks
-from sae.coder.layer_norm import layer_norm
+from sae.coder.layer_norm import layer_norm, undo_layer_norm
 from sae.coder.sites import Sites
 from sae.config import NormalisationName
 
@@ -105,6 +105,21 @@ class Normaliser:
         if self.factor is None:
             return x
         return x @ self.factor if self.factor.ndim == 2 else x * self.factor
+
+    def undo(self, x: Tensor, columns: slice, raw: Tensor) -> Tensor:
+        """Return x (n, d), in training units, in raw ones; it stands in some columns of a row.
+
+        raw: (n, d), the raw activations that x stands for: a layer norm is undone by them.
+        """
+        if self.kind == "layer_norm":
+            return undo_layer_norm(x, raw)
+        if self.inverse is not None:
+            inverse = self.inverse
+            if inverse.ndim == 2:
+                x = x @ inverse[columns, columns]
+            else:
+                x = x * (inverse[columns] if inverse.ndim else inverse)
+        return x if self.shift is None else x + self.shift[columns]
 
     def to_raw_units(self, coder: SparseCoder) -> SparseCoder:
         """Return a copy of `coder`, trained on `apply(x)`, that works on x.

@@ -51,7 +51,9 @@ class TrainingModule(nn.Module):
                 variance,
             )
             losses = {"reconstruction": loss, **extra_losses(given)}
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, residual, encoding.code
+        weighted = {**losses, "reconstruction": values.reconstruction * loss}
+        total = torch.stack(list(weighted.values())).sum()
+        return {"loss": total, **losses}, residual, encoding.code
 
 
 class AutogradStep:
@@ -77,16 +79,32 @@ class AutogradStep:
         coder.zero_grad(set_to_none=True)
         normalise_decoder_(coder)
 
+    def _of_model(self, values: StepValues) -> tuple[Tensor, Tensor] | None:
+        """Add the gradients of the model's loss, and return it with its weight and without; None
+        where the run has none. It comes first, so that processes add it up with the others."""
+        model_loss, state = self.state.model_loss, self.state
+        if model_loss is None:
+            return None
+        if not model_loss.is_due(state.step):
+            none = torch.zeros((), device=state.coder.b_dec.device)
+            return none, none
+        weighted, plain = model_loss(state.coder, state.calibration, values, state.step)
+        weighted.backward()
+        return weighted.detach(), plain
+
     def weights_changed(self) -> None:
         """Do nothing: this step keeps no copies of weights."""
 
     def _accumulate_gradients(self, inputs: Iterable[Tensor], values: StepValues) -> None:
         """Add up the gradients of the micro-batches, and what the log and AuxK count."""
         state, n_micro = self.state, self.cfg.train.grad_accumulation_steps
+        added = self._of_model(values)
         for micro, x in enumerate(inputs):
             is_last = micro == n_micro - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):
                 losses, residual, code = self.module(x, state.dead.indices, values)
                 (losses["loss"] / n_micro).backward()
+            if added is not None:
+                losses = {**losses, "loss": losses["loss"] + added[0], "model": added[1]}
             state.metrics.update(state.coder.sites.written(x), residual, code, losses)
             state.dead.update(code, state.tokens_seen + self.cfg.train.batch_tokens)

@@ -54,6 +54,11 @@ def fit(
     Errors: ValueError for settings that cannot work and for activations that are not finite.
     """
     require_folder_for(overrides)
+    if overrides.get("model_loss", "none") != "none":
+        raise ValueError(
+            "`model_loss` needs a language model, which activations alone are not; got "
+            f"{overrides['model_loss']!r}. Train from a configuration."
+        )
     given = {"d_sae": d_sae, "k": k, "activation": activation, **overrides}
     cfg = from_flat({_dotted(name): value for name, value in given.items()})
     accelerator = make_accelerator(cfg.run, cfg.train)

@@ -19,7 +19,13 @@ from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import flatten, from_flat
 from sae.stream.buffered import BufferedSource, buffer_tokens
-from sae.stream.opening import open_model, pick_device, require_complete, require_single
+from sae.stream.opening import (
+    OpenedModel,
+    open_model,
+    pick_device,
+    require_complete,
+    require_single,
+)
 from sae.stream.rows import RowStream
 from sae.stream.shards import open_shards
 from sae.stream.source import ActivationSource
@@ -32,6 +38,7 @@ from sae.train.distributed import (
     require_divisible_lanes,
 )
 from sae.train.folder import require_free, require_same, saved_lanes, write_run_files
+from sae.train.model_loss import ModelLoss
 from sae.train.steps import resolve_step
 from sae.train.trainer import train_coder
 from sae.worlds import WorldSource, make_world, resolve_world
@@ -49,12 +56,20 @@ def run(cfg: Config) -> Path:
         require_free(folder, cfg)
     accelerator.wait_for_everyone()
     cfg = with_lanes(cfg, folder, accelerator.num_processes)
-    source = open_source(cfg, accelerator)
+    opened = None if cfg.train.model_loss == "none" else opened_once(cfg, accelerator)
+    source = open_source(cfg, accelerator, opened)
     try:
         sites = Sites.of(cfg.coder, source.widths)
         cfg = resolve(with_dtypes(cfg, source), sites, folder, accelerator.device)
         resume_from = prepare_folder(cfg, folder, accelerator)
-        coder = train_coder(cfg, source, accelerator, folder=folder, resume_from=resume_from)
+        coder = train_coder(
+            cfg,
+            source,
+            accelerator,
+            folder=folder,
+            resume_from=resume_from,
+            model_loss=None if opened is None else model_loss(cfg, opened, accelerator),
+        )
     finally:
         source.close()
     if accelerator.is_main_process:
@@ -88,8 +103,24 @@ def with_world(cfg: Config) -> Config:
     return cfg
 
 
-def open_source(cfg: Config, accelerator: Accelerator) -> ActivationSource:
-    """Open what `cfg` trains on: this process's lanes of a model's activations, shards or world."""
+def opened_once(cfg: Config, accelerator: Accelerator) -> OpenedModel:
+    """Open text and model of `cfg`; a packaged model is converted by the first process alone."""
+    with accelerator.main_process_first():
+        return open_model(cfg, accelerator.device)
+
+
+def model_loss(cfg: Config, opened: OpenedModel, accelerator: Accelerator) -> ModelLoss:
+    """Return the loss of the model that this process trains with."""
+    return ModelLoss(cfg, opened, accelerator.process_index, accelerator.num_processes)
+
+
+def open_source(
+    cfg: Config, accelerator: Accelerator, opened: OpenedModel | None = None
+) -> ActivationSource:
+    """Open what `cfg` trains on: this process's lanes of a model's activations, shards or world.
+
+    `opened`: the model, where it is open already.
+    """
     assert cfg.stream.lanes is not None
     n_mine = cfg.stream.lanes // accelerator.num_processes
     first = accelerator.process_index * n_mine
@@ -97,9 +128,12 @@ def open_source(cfg: Config, accelerator: Accelerator) -> ActivationSource:
     if cfg.world.name:
         world = make_world(cfg.world, accelerator.device)
         return WorldSource(world, seed=cfg.run.seed, lanes=lanes, n_lanes=cfg.stream.lanes)
-    open_lanes = model_lanes if cfg.stream.shards is None else shard_lanes
+    if cfg.stream.shards is None:
+        streams = model_lanes(cfg, lanes, opened or opened_once(cfg, accelerator))
+    else:
+        streams = shard_lanes(cfg, lanes)
     return BufferedSource(
-        open_lanes(cfg, lanes, accelerator),
+        streams,
         cfg.stream,
         context_size=cfg.data.context_size,
         seed=cfg.run.seed,
@@ -109,20 +143,15 @@ def open_source(cfg: Config, accelerator: Accelerator) -> ActivationSource:
     )
 
 
-def model_lanes(
-    cfg: Config, lanes: Iterable[int], accelerator: Accelerator
-) -> dict[int, RowStream]:
-    """Open text and model of `cfg`."""
-    # A packaged model is converted once, by the first process that asks for it.
-    with accelerator.main_process_first():
-        opened = open_model(cfg, accelerator.device)
+def model_lanes(cfg: Config, lanes: Iterable[int], opened: OpenedModel) -> dict[int, RowStream]:
+    """Return lanes of an open model's activations."""
     if cfg.coder.site == "sae":
         require_single(opened.hookpoints, opened.other is not None)
     reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
     return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
 
 
-def shard_lanes(cfg: Config, lanes: Iterable[int], _: Accelerator) -> dict[int, RowStream]:
+def shard_lanes(cfg: Config, lanes: Iterable[int]) -> dict[int, RowStream]:
     """Open the shards of `cfg`; no model is loaded."""
     n_lanes = cfg.stream.lanes or 1
     streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}

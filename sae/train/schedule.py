@@ -75,6 +75,7 @@ def values_at(step: int, cfg: Config) -> StepValues:
         k=k_at(step, cfg),
         sparsity=risen(step, cfg.train.sparsity_warmup_fraction * n_steps(cfg.train)),
         p=p_at(step, cfg.train),
+        reconstruction=reconstruction_at(step, cfg.train),
     )
     if not cfg.coder.random_prefixes:
         return fixed
@@ -90,6 +91,17 @@ def k_at(step: int, cfg: Config) -> int:
         return end
     share = risen(step, cfg.train.k_anneal_fraction * n_steps(cfg.train))
     return round(start + (end - start) * share)
+
+
+def first_with_model_loss(cfg: TrainConfig) -> int:
+    """Return the 0-based index of the first step with a model's loss; behind the last: none."""
+    share = 0.0 if cfg.model_loss == "none" else cfg.model_loss_fraction
+    return n_steps(cfg) - round(share * n_steps(cfg))
+
+
+def reconstruction_at(step: int, cfg: TrainConfig) -> float:
+    """Return the weight of the reconstruction's loss."""
+    return cfg.reconstruction_weight if step >= first_with_model_loss(cfg) else 1.0
 
 
 def p_at(step: int, cfg: TrainConfig) -> float:

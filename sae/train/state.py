@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from sae.train.dead import DeadLatents
 from sae.train.ema import Ema
 from sae.train.metrics import MetricSums
 from sae.train.optimisers import Optimiser
+
+if TYPE_CHECKING:
+    from sae.train.model_loss import ModelLoss
 
 LAST_FIRED = "dead.last_fired_at"
 
@@ -52,6 +55,7 @@ class TrainState:
     batch_tokens: int
     step: int = 0
     ema: Ema | None = None
+    model_loss: ModelLoss | None = None  # has no state: its contexts follow from the step
 
     @property
     def tokens_seen(self) -> int:

@@ -32,6 +32,7 @@ from sae.train.ema import Ema
 from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.latent_rows import is_sorting_due, sort_latents_
 from sae.train.metrics import MetricSums
+from sae.train.model_loss import ModelLoss
 from sae.train.optimisers import OPTIMISERS
 from sae.train.progress import TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
@@ -48,16 +49,19 @@ def train_coder(
     folder: Path | None = None,
     resume_from: Path | None = None,
     is_shown: bool = True,
+    model_loss: ModelLoss | None = None,
 ) -> SparseCoder:
     """Train a coder on `source` as the resolved `cfg` says and return it in raw units.
 
-    `folder` receives the log and the checkpoints; None keeps nothing.
+    `folder` receives the log and the checkpoints; None keeps nothing. `model_loss` is there where
+    `train.model_loss` asks for it.
 
     Errors: NonFiniteActivationsError naming hookpoint and step; Interrupted after a signal, once
     the state is saved; KeyboardInterrupt after Ctrl-C where there is no folder to save to.
     """
     # ---- set-up ----
     state = make_state(cfg, source, accelerator)
+    state.model_loss = model_loss
     if resume_from is not None:
         load_checkpoint(state, resume_from, accelerator)
     step = make_step(cfg, state, accelerator)
@@ -177,7 +181,8 @@ def calibrate(sample: Tensor, cfg: Config, sites: Sites) -> Calibration:
 
 def loss_names(cfg: Config) -> tuple[str, ...]:
     """Return the names of the losses that `cfg`'s coder trains with, their sum first."""
-    return ("loss", "reconstruction", *extra_loss_names(cfg.coder))
+    of_model = () if cfg.train.model_loss == "none" else ("model",)
+    return ("loss", "reconstruction", *extra_loss_names(cfg.coder), *of_model)
 
 
 class Log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,42 @@ def test_a_crosscoder_tells_shared_features_from_those_of_one_place():
     match = (found @ truth.T).argmax(0)  # (n_features): the latent of each planted feature
     planted = torch.tensor([0] * shared + [1] * alone + [2] * alone)
     assert (kind[match] == planted).float().mean() >= 0.95
+
+
+OF_SAELENS = [("transcoder", name) for name in ("relu", "jumprelu", "batchtopk")] + [
+    ("skip", "relu")
+]
+
+
+@pytest.mark.sae_lens
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("site", "name"), OF_SAELENS)
+def test_saelens_opens_our_transcoders_and_we_open_theirs(site: str, name: str, tmp_path: Path):
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+
+    coder = make(site, name)
+    x = coder.sites.read(rows(site))
+    coder.save(str(tmp_path / "ours"))
+    theirs = SAE.load_from_disk(tmp_path / "ours")
+    torch.testing.assert_close(theirs.encode(x), coder.encode(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs(x), coder(x), rtol=1e-5, atol=1e-6)
+    theirs.save_model(tmp_path / "theirs")
+    torch.testing.assert_close(
+        load_dictionary(tmp_path / "theirs")(x), coder(x), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.sae_lens
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("site", "name"), [("transcoder", "topk"), ("crosscoder", "relu")])
+def test_saelens_refuses_what_it_has_no_words_for(site: str, name: str, tmp_path: Path):
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+
+    make(site, name).save(str(tmp_path / "ours"))
+    with pytest.raises((ValueError, KeyError)):
+        SAE.load_from_disk(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

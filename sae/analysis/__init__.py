@@ -4,6 +4,7 @@
 """
 
 from sae.analysis.atlas import Atlas, build_atlas
+from sae.analysis.heads import head_contributions, head_shares
 from sae.analysis.intervene import ablate, splice, steer, strongest_latents
 from sae.analysis.opened_run import OpenedRun, open_run
 from sae.analysis.report import write_report
@@ -14,6 +15,8 @@ __all__ = [
     "OpenedRun",
     "ablate",
     "build_atlas",
+    "head_contributions",
+    "head_shares",
     "open_run",
     "report_run",
     "splice",

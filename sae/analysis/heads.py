@@ -1,8 +1,8 @@
 """A dictionary of attention's output by heads: whose work a latent is.
 
 Trained at the input of the output projection (`…self_attn.o_proj:in`), a coder reads the heads'
-results side by side, head h in columns [h d_head, (h + 1) d_head). So a latent's pre-activation is a
-sum over heads, and so is what it writes:
+results side by side, head h in columns [h d_head, (h + 1) d_head). So a latent's pre-activation is
+a sum over heads, and so is what it writes:
     pre_act_j = Σ_h ⟨x_h − b_dec_h, W_enc_jh⟩ + b_enc_j        W_dec_j = (W_dec_j1, …, W_dec_jH)
 Source: Kissane et al. 2024 (arXiv 2406.17759), attention-output dictionaries: weight-based head
 attribution (norms of decoder parts) and direct feature attribution by head.

@@ -51,6 +51,7 @@ def train(arguments: Sequence[str]) -> None:
 
     cfg = from_command_line(arguments, "sae train")
     from sae.train import run
+    from sae.train.distributed import leave_group
     from sae.train.interrupt import Interrupted
 
     try:
@@ -64,6 +65,7 @@ def train(arguments: Sequence[str]) -> None:
         raise
     if is_main_process():
         say(f"The dictionary is in {folder / 'final'}.")
+    leave_group()
 
 
 def plan(arguments: Sequence[str]) -> None:

@@ -50,6 +50,16 @@ def make_accelerator(run: RunConfig, train: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def leave_group() -> None:
+    """Take leave of the other processes, where there are any, once all is done.
+
+    A process that ends with the group's threads running may be aborted, and its launcher then
+    calls a finished run a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def require_synchronised(accelerator: Accelerator) -> None:
     """Stop where the launcher started more processes than the accelerator joins together."""
     if n_launched() != accelerator.num_processes:

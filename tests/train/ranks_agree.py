@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from sae.configuration import from_command_line
 from sae.train import resampling, run, trainer
+from sae.train.distributed import leave_group
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
         assert torch.equal(mine, first), name
     if sum(n_resampled):
         sys.stdout.write(f"resampled {n_resampled}\n")
+    leave_group()
 
 
 if __name__ == "__main__":

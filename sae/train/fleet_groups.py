@@ -1,0 +1,85 @@
+"""How the members of a fleet take their steps: alike ones as one batched step, others in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from sae.coder.step_values import StepValues
+from sae.config import Config
+from sae.train.schedule import lr_at, values_at
+from sae.train.state import TrainState
+from sae.train.steps import KeepsWeights, Step, make_step
+from sae.train.trainer import tended
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A member in training: its resolved configuration, its state, and its hookpoint's number."""
+
+    name: str
+    cfg: Config
+    state: TrainState
+    place: int
+
+
+class GroupStep(KeepsWeights, Protocol):
+    """One optimiser step of several members on the same micro-batches."""
+
+    def __call__(
+        self, inputs: Sequence[Tensor], lrs: Sequence[float], values: Sequence[StepValues]
+    ) -> None:
+        """Train on the micro-batches, each (n, d_in) float32, by each member's rate and values."""
+        ...
+
+
+class Alone:
+    """The step of a group of one."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    def __call__(
+        self, inputs: Sequence[Tensor], lrs: Sequence[float], values: Sequence[StepValues]
+    ) -> None:
+        """Train the only member."""
+        self.step(iter(inputs), lrs[0], values[0])
+
+    def weights_changed(self) -> None:
+        """Pass it on."""
+        self.step.weights_changed()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that step together, all on one hookpoint."""
+
+    trainees: tuple[Trainee, ...]
+    step: GroupStep
+
+    @property
+    def place(self) -> int:
+        """The number of their hookpoint."""
+        return self.trainees[0].place
+
+    def train(self, inputs: Sequence[Tensor]) -> None:
+        """Take one step of all members on the micro-batches, each (n, d_in) in training units."""
+        for trainee in self.trainees:
+            # Sorting and resampling change the state alone; the inputs stay what they are.
+            tended(trainee.cfg, trainee.state, self.step, iter(inputs))
+        number = self.trainees[0].state.step
+        lrs = [lr_at(number, trainee.cfg.train) for trainee in self.trainees]
+        self.step(inputs, lrs, [values_at(number, trainee.cfg) for trainee in self.trainees])
+        for trainee in self.trainees:
+            trainee.state.step += 1
+            if trainee.state.ema is not None:
+                trainee.state.ema.update_(trainee.state.coder, trainee.state.step)
+
+
+def make_groups(trainees: Sequence[Trainee], accelerator: Accelerator) -> list[Group]:
+    """Return groups that hold every member once, over their states as they stand (loaded, if so)."""
+    return [Group((t,), Alone(make_step(t.cfg, t.state, accelerator))) for t in trainees]

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.schedule import lr_at, values_at
+from sae.train.stacked_step import StackedStep, can_stack
 from sae.train.state import TrainState
 from sae.train.steps import KeepsWeights, Step, make_step
 from sae.train.trainer import tended
@@ -81,5 +82,27 @@ class Group:
 
 
 def make_groups(trainees: Sequence[Trainee], accelerator: Accelerator) -> list[Group]:
-    """Return groups that hold every member once, over their states as they stand (loaded, if so)."""
-    return [Group((t,), Alone(make_step(t.cfg, t.state, accelerator))) for t in trainees]
+    """Return groups that hold every member once, over their states as they stand (loaded, if so).
+
+    Coders of one width on one hookpoint are stacked where their step allows it; the others are
+    groups of one.
+    """
+    alike: dict[tuple[int, int], list[Trainee]] = {}
+    groups = []
+    for trainee in trainees:
+        if can_stack(trainee.cfg):
+            alike.setdefault((trainee.place, trainee.state.coder.d_sae), []).append(trainee)
+        else:
+            groups.append(alone(trainee, accelerator))
+    for some in alike.values():
+        if len(some) == 1:
+            groups.append(alone(some[0], accelerator))
+        else:
+            cfgs, states = [t.cfg for t in some], [t.state for t in some]
+            groups.append(Group(tuple(some), StackedStep(cfgs, states, accelerator)))
+    return groups
+
+
+def alone(trainee: Trainee, accelerator: Accelerator) -> Group:
+    """Return a group of one."""
+    return Group((trainee,), Alone(make_step(trainee.cfg, trainee.state, accelerator)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from sae.coder.activations import ACTIVATIONS
 from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.schedule import lr_at, values_at
@@ -87,11 +88,13 @@ def make_groups(trainees: Sequence[Trainee], accelerator: Accelerator) -> list[G
     Coders of one width on one hookpoint are stacked where their step allows it; the others are
     groups of one.
     """
-    alike: dict[tuple[int, int], list[Trainee]] = {}
+    alike: dict[Hashable, list[Trainee]] = {}
     groups = []
     for trainee in trainees:
         if can_stack(trainee.cfg):
-            alike.setdefault((trainee.place, trainee.state.coder.d_sae), []).append(trainee)
+            backward = ACTIVATIONS[trainee.cfg.coder.activation].backward
+            key = trainee.place, trainee.state.coder.d_sae, backward
+            alike.setdefault(key, []).append(trainee)
         else:
             groups.append(alone(trainee, accelerator))
     for some in alike.values():

@@ -191,7 +191,9 @@ def _divided(text: str) -> list[str]:
 
 def _is_list_without_text(hint: Any) -> bool:
     lists = [member for member in _members(hint) if typing.get_origin(member) is tuple]
-    inner = [part for member in lists for item in typing.get_args(member) for part in _members(item)]
+    inner = [
+        part for member in lists for item in typing.get_args(member) for part in _members(item)
+    ]
     return bool(lists) and str not in inner
 
 

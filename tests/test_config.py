@@ -211,7 +211,9 @@ def test_a_pair_has_two_members(betas: list[float]):
     ids=["commas", "spaces"],
 )
 def test_lists_are_given_with_commas_or_spaces(flags: list[str]):
-    cfg = from_command_line([*flags, "--data.mask", "bos,first", "--coder.d_sae", "64"], "sae train")
+    cfg = from_command_line(
+        [*flags, "--data.mask", "bos,first", "--coder.d_sae", "64"], "sae train"
+    )
     assert cfg.fleet.k == (16, 32)
     assert cfg.fleet.lr == (1e-3, 2e-3)
     assert cfg.coder.prefixes == (4, 8)

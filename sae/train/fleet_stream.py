@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from accelerate import Accelerator
 from torch import Tensor
 
-from sae.config import Config
 from sae.stream.hookpoints import choose_names
 from sae.stream.source import ActivationSource, NonFiniteActivationsError, SourceState
 from sae.train.fleet_members import Member
-from sae.train.state import Calibration
 
 
 class FleetStream:

@@ -62,7 +62,11 @@ def train_fleet(
     progress.say(f"{len(members)} coders in {len(groups)} groups; shown are their means.")
     last_step, saved_step = n_steps(cfg.train), step
 
-    with progress, FleetLog(trainees, progress, folder) as log, Interrupt(accelerator.device) as bell:
+    with (
+        progress,
+        FleetLog(trainees, progress, folder) as log,
+        Interrupt(accelerator.device) as bell,
+    ):
         warm_up(stream.source, progress, bell)
         while True:
             # ---- once in a while ----

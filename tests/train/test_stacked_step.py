@@ -143,7 +143,11 @@ def test_what_is_alike_is_one_group(activations: Tensor):
         Trainee(str(i), *pair, place=0) for i, pair in enumerate(zip(cfgs, states, strict=True))
     ]
     groups = make_groups(trainees, accelerator)
-    assert sorted([t.name for t in group.trainees] for group in groups) == [["0", "1"], ["2"], ["3"]]
+    assert sorted([t.name for t in group.trainees] for group in groups) == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+    ]
 
 
 @needs_triton

@@ -191,10 +191,8 @@ def _divided(text: str) -> list[str]:
 
 def _is_list_without_text(hint: Any) -> bool:
     lists = [member for member in _members(hint) if typing.get_origin(member) is tuple]
-    inner = [
-        part for member in lists for item in typing.get_args(member) for part in _members(item)
-    ]
-    return bool(lists) and str not in inner
+    items = [item for member in lists for item in typing.get_args(member)]
+    return bool(lists) and not any(str in _members(item) for item in items)
 
 
 def _as_written(value: Any, hint: Any) -> Any:

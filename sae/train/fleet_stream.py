@@ -7,7 +7,6 @@ trainer takes the batches and hands them round.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -64,22 +63,12 @@ class FleetStream:
             raise NonFiniteActivationsError(f"at step {step}: {error}") from error
 
 
-@dataclass(frozen=True)
 class HookpointShare:
     """One hookpoint of a fleet's stream, for a member's state and log; an `ActivationSource`."""
 
-    stream: FleetStream
-    place: int
-
-    @property
-    def name(self) -> str:
-        """The hookpoint's name."""
-        return self.stream.names[self.place]
-
-    @property
-    def d_in(self) -> int:
-        """The width of its activations."""
-        return self.stream.samples[self.place].shape[1]
+    def __init__(self, stream: FleetStream, place: int):
+        self.stream, self.place = stream, place
+        self.name, self.d_in = stream.names[place], stream.samples[place].shape[1]
 
     def calibration_sample(self) -> Tensor:
         """Return its part of the stream's sample, (m, d_in)."""

@@ -65,26 +65,22 @@ def train_fleet(
     with (
         progress,
         FleetLog(trainees, progress, folder) as log,
-        Interrupt(accelerator.device) as bell,
+        Interrupt(accelerator.device) as interrupt,
     ):
-        warm_up(stream.source, progress, bell)
+        warm_up(stream.source, progress, interrupt)
         while True:
             # ---- once in a while ----
             is_last = step >= last_step
             if is_last or step % cfg.train.dead_refresh_steps == 0:
-                for state in states.values():
-                    state.dead.refresh(state.tokens_seen)
+                refresh_dead(states)
             is_log_due = is_last or step % cfg.train.log_every_steps == 0
             if is_log_due:
                 stream.read_log_values()
                 log.rows()
-            stop = stop_signal(bell, accelerator, is_log_due)
+            stop = stop_signal(interrupt, accelerator, is_log_due)
             is_save_due = is_last or stop or step % checkpoint_interval(cfg) == 0
             if is_save_due and step > saved_step:
-                for name, state in states.items():
-                    require_finite_weights(state.coder, f"{state.source.name} by {name}", step)
-                save_fleet(states, stream.source, folder, keep=cfg.train.keep_checkpoints)
-                write_summary(folder)
+                save(states, stream, folder, keep=cfg.train.keep_checkpoints)
                 saved_step = step
             if stop or is_last:
                 break
@@ -98,6 +94,20 @@ def train_fleet(
     if stop:
         raise stopped(stop, folder, saved_step)
     return states
+
+
+def refresh_dead(states: Mapping[str, TrainState]) -> None:
+    """Make every member's list of dead latents anew."""
+    for state in states.values():
+        state.dead.refresh(state.tokens_seen)
+
+
+def save(states: Mapping[str, TrainState], stream: FleetStream, folder: Path, *, keep: int) -> None:
+    """Write a checkpoint, and the page that compares the members so far."""
+    for name, state in states.items():
+        require_finite_weights(state.coder, f"{state.source.name} by {name}", state.step)
+    save_fleet(states, stream.source, folder, keep=keep)
+    write_summary(folder)
 
 
 def make_trainees(

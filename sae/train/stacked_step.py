@@ -284,8 +284,10 @@ def one_behind_the_other(codes: Sequence[SparseCode], d_sae: int) -> SparseCode:
             own = torch.arange(k, n * k + 1, k, device=code.values.device)
         ends.append(own + before)
         before += code.values.numel()
-    flat = (torch.cat([part.reshape(-1) for part in parts]) for parts in (values, indices))
-    return Ragged(*flat, torch.cat(ends))
+    flat_values, flat_indices = (
+        torch.cat([part.reshape(-1) for part in parts]) for parts in (values, indices)
+    )
+    return Ragged(flat_values, flat_indices, torch.cat(ends))
 
 
 def moments_of(state: TrainState) -> dict[str, Moments]:

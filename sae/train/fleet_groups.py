@@ -1,4 +1,8 @@
-"""How the members of a fleet take their steps: alike ones as one batched step, others in turn."""
+"""Which members of a fleet take their steps together: alike ones, as one batched step on a GPU.
+
+On a CPU, where a large matmul is no faster than several small ones, every member is a group of its
+own, and `side_by_side` divides the threads among them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -85,13 +90,13 @@ class Group:
 def make_groups(trainees: Sequence[Trainee], accelerator: Accelerator) -> list[Group]:
     """Return groups that hold every member once, over their states as they stand (loaded, if so).
 
-    Coders of one width on one hookpoint are stacked where their step allows it; the others are
-    groups of one.
+    Coders of one width on one hookpoint are stacked where device and step allow it; the others
+    are groups of one.
     """
     alike: dict[Hashable, list[Trainee]] = {}
     groups = []
     for trainee in trainees:
-        if can_stack(trainee.cfg):
+        if stacks(accelerator.device) and can_stack(trainee.cfg):
             backward = ACTIVATIONS[trainee.cfg.coder.activation].backward
             key = trainee.place, trainee.state.coder.d_sae, backward
             alike.setdefault(key, []).append(trainee)
@@ -104,6 +109,11 @@ def make_groups(trainees: Sequence[Trainee], accelerator: Accelerator) -> list[G
             cfgs, states = [t.cfg for t in some], [t.state for t in some]
             groups.append(Group(tuple(some), StackedStep(cfgs, states, accelerator)))
     return groups
+
+
+def stacks(device: torch.device) -> bool:
+    """Say whether a device is faster with one large step than with several small ones."""
+    return device.type != "cpu"
 
 
 def alone(trainee: Trainee, accelerator: Accelerator) -> Group:

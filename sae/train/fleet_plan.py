@@ -14,6 +14,7 @@ from sae.train.fleet_trainer import make_trainees
 from sae.train.memory import peak, reset_peak
 from sae.train.plan import Plan, disk_parts, memory_parts, plan_of, timed, with_small_buffer
 from sae.train.run import open_source, with_dtypes, with_lanes
+from sae.train.side_by_side import SideBySide
 
 
 def plan_fleet(cfg: Config, seconds: float) -> Plan:
@@ -35,7 +36,6 @@ def plan_fleet(cfg: Config, seconds: float) -> Plan:
         loading = peak(device)
         reset_peak(device)
         trainees = make_trainees(members, stream, accelerator)
-        groups = make_groups(trainees, accelerator)
         train = members[0].cfg.train
         n_micro = train.grad_accumulation_steps
         inputs = {}
@@ -46,11 +46,8 @@ def plan_fleet(cfg: Config, seconds: float) -> Plan:
                 n = train.batch_tokens // n_micro
                 inputs[trainee.place] = [x.repeat(-(-n // len(x)), 1)[:n].clone()] * n_micro
 
-        def take_step() -> None:
-            for group in groups:
-                group.train(inputs[group.place])
-
-        speed = timed(source, take_step, device, seconds)
+        with SideBySide(make_groups(trainees, accelerator), device) as steps:
+            speed = timed(source, lambda: steps.train(inputs), device, seconds)
         states = [trainee.state for trainee in trainees]
         lead = members[0].cfg
         memory = memory_parts(lead, source, states, device, loading)

@@ -22,6 +22,7 @@ from sae.train.fleet_summary import write_summary
 from sae.train.interrupt import Interrupt
 from sae.train.progress import TrainProgress
 from sae.train.schedule import n_steps
+from sae.train.side_by_side import SideBySide
 from sae.train.state import Calibration, TrainState
 from sae.train.tracking import open_trackers
 from sae.train.trainer import (
@@ -57,12 +58,14 @@ def train_fleet(
     if resume_from is not None:
         load_fleet(states, stream.source, resume_from)
     groups = make_groups(trainees, accelerator)
+    steps = SideBySide(groups, accelerator.device)
     step = trainees[0].state.step
     progress = TrainProgress(cfg.train, seen_tokens=trainees[0].state.tokens_seen)
     progress.say(f"{len(members)} coders in {len(groups)} groups; shown are their means.")
     last_step, saved_step = n_steps(cfg.train), step
 
     with (
+        steps,
         progress,
         FleetLog(trainees, progress, folder) as log,
         Interrupt(accelerator.device) as interrupt,
@@ -87,8 +90,7 @@ def train_fleet(
 
             # ---- one training step of every member ----
             batches = next_batches(trainees, stream, accelerator)
-            for group in groups:
-                group.train(batches[group.place])
+            steps.train(batches)
             step += 1
 
     if stop:

@@ -19,7 +19,7 @@ from user import ROOT, clean_environment, command, run_here
 import sae
 from sae.config import FLEET_SETTINGS, FleetConfig
 from sae.configuration import from_command_line, from_flat, read_run_config
-from sae.train import run
+from sae.train import fleet_groups, run
 from sae.train.fleet_members import members_of
 from sae.train.interrupt import Interrupted
 from sae.train.tracking import read_metrics
@@ -114,20 +114,29 @@ def test_a_glob_that_matches_several_is_refused(tiny_config: Path):
 # ---- each member is a run of its own
 
 
-@pytest.mark.parametrize("step", ["fused", "autograd"])
-def test_a_member_is_the_run_that_it_would_be_alone(tiny_config: Path, tmp_path: Path, step: str):
+@pytest.fixture
+def stacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU stack coders, as a GPU does."""
+    monkeypatch.setattr(fleet_groups, "stacks", lambda _: True)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True], ids=["in turn", "stacked"])
+def test_a_member_is_the_run_that_it_would_be_alone(
+    tiny_config: Path, tmp_path: Path, request: pytest.FixtureRequest, is_stacked: bool
+):
     """Stacked to rounding, else to the bit; the log too, and its config.yaml makes it again."""
-    flags = ["--fleet.k", "2,4", "--fleet.lr", "1e-3,2e-3", "--train.step", step]
-    folder = run(configured(tiny_config, *flags))
+    if is_stacked:
+        request.getfixturevalue("stacking")
+    folder = run(configured(tiny_config, "--fleet.k", "2,4", "--fleet.lr", "1e-3,2e-3"))
     for name in ("k2_lr0.001", "k4_lr0.002"):
         member = folder / name
         alone = run(configured(member / "config.yaml", "--run.folder", str(tmp_path / name)))
-        tolerance = {"rtol": 1e-4, "atol": 1e-5} if step == "fused" else {"rtol": 0, "atol": 0}
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if is_stacked else {"rtol": 0, "atol": 0}
         for tensor in TENSORS:
             found, want = (getattr(sae.load(place), tensor) for place in (member, alone))
             torch.testing.assert_close(found, want, **tolerance)
         for row, other in zip(logged(member), logged(alone), strict=True):
-            assert row == (pytest.approx(other, rel=1e-4) if step == "fused" else other)
+            assert row == (pytest.approx(other, rel=1e-4) if is_stacked else other)
         assert read_run_config(member).fleet.is_empty
 
 
@@ -172,6 +181,22 @@ def test_data_comes_in_the_order_of_the_runs_seed(tiny_config: Path):
     buffer = load_file(next(folder.glob("checkpoints/*24/stream.safetensors")))
     of_alone = load_file(next(alone.glob("checkpoints/*24/rank_0.safetensors")))
     assert torch.equal(buffer["lane_0.buffer.0"], of_alone["source.lane_0.buffer.0"])
+
+
+def test_side_by_side_is_one_after_the_other(tiny_config: Path, tmp_path: Path):
+    """Two threads, which take up coders as they are free, train what one thread trains."""
+    flags = ["--fleet.seed", "0,1,2"]
+    in_turn = run(configured(tiny_config, *flags, "--run.folder", str(tmp_path / "in_turn")))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run(configured(tiny_config, *flags))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for name in ("seed0", "seed1", "seed2"):
+        found, want = (sae.load(place / name).W_enc for place in (together, in_turn))
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_world_serves_a_fleet(tmp_path: Path):
@@ -284,15 +309,14 @@ of_a_relu = pytest.mark.filterwarnings("ignore:The fused training step does not 
 
 
 @of_a_relu
+@pytest.mark.usefixtures("stacking")
 @pytest.mark.parametrize("stop_at", [8, 18])
 def test_stop_and_resume_is_the_uninterrupted_fleet(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ):
     """Stopped by a signal at any step: mid-cycle and between log rows, and at a checkpoint."""
-    import sae.train.fleet_groups as groups
-
     whole = run(configured(tiny_config, *SWEEP, "--run.folder", str(tmp_path / "whole")))
-    honest, sent = groups.lr_at, []
+    honest, sent = fleet_groups.lr_at, []
 
     def interrupting(step: int, cfg: Any) -> float:
         if step == stop_at and not sent:
@@ -300,7 +324,7 @@ def test_stop_and_resume_is_the_uninterrupted_fleet(
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(step, cfg)
 
-    monkeypatch.setattr(groups, "lr_at", interrupting)
+    monkeypatch.setattr(fleet_groups, "lr_at", interrupting)
     with pytest.raises(Interrupted) as stopped:
         run(configured(tiny_config, *SWEEP))
     assert stopped.value.is_saved

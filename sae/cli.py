@@ -64,7 +64,12 @@ def train(arguments: Sequence[str]) -> None:
             sys.stderr.write(f"Stopped; {told}.\n")
         raise
     if is_main_process():
-        say(f"The dictionary is in {folder / 'final'}.")
+        is_fleet = not cfg.fleet.is_empty
+        say(
+            f"The dictionaries are below {folder}; {folder / 'summary.html'} compares them."
+            if is_fleet
+            else f"The dictionary is in {folder / 'final'}."
+        )
     leave_group()
 
 
@@ -236,6 +241,11 @@ def print_plan(found: Plan) -> None:
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
+    if found.members:
+        table.add_row(f"[bold]{len(found.members)} coders on one stream[/bold]")
+        for name in found.members:
+            table.add_row(name)
+        table.add_section()
     processes = "" if found.n_processes == 1 else f" a process, of {found.n_processes}"
     table.add_row(f"[bold]memory on {found.device}{processes}[/bold]")
     for part, size in found.memory.items():
@@ -250,7 +260,7 @@ def print_plan(found: Plan) -> None:
     speed = found.speed
     table.add_row("[bold]time, from a few seconds of it[/bold]")
     table.add_row("activations", f"{speed.rows_per_second:,.0f} a second and process")
-    table.add_row("a step", f"{speed.step_seconds * 1e3:,.1f} ms")
+    table.add_row("a step" + " of all" * bool(found.members), f"{speed.step_seconds * 1e3:,.1f} ms")
     table.add_row("tokens", f"{found.tokens:,} in {found.steps:,} steps")
     table.add_row("in all", duration(found.seconds))
     Console().print(table)

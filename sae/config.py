@@ -944,6 +944,53 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Several dictionaries on one stream of activations: one for every combination of values.
+
+    Each list replaces the setting that it is named after; an empty one leaves it as it is.
+    """
+
+    k: tuple[int, ...] = ()
+    """Values of `coder.k`: active latents a token."""
+
+    d_sae: tuple[int, ...] = ()
+    """Values of `coder.d_sae`: numbers of latents."""
+
+    seed: tuple[int, ...] = ()
+    """Values of `run.seed` for starting weights and whatever is random in a coder; the order of
+    data is that of `run.seed` itself, for all."""
+
+    lr: tuple[float, ...] = ()
+    """Values of `train.lr`: peak learning rates."""
+
+    target_l0: tuple[float, ...] = ()
+    """Values of `coder.target_l0`: active latents a token that training aims at."""
+
+    activation: tuple[ActivationName, ...] = ()
+    """Values of `coder.activation`."""
+
+    hookpoint: tuple[str, ...] = ()
+    """Values of `model.hookpoint`: modules that are read in one forward, one dictionary each."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is swept: one dictionary is trained."""
+        return not any(getattr(self, setting) for setting in FLEET_SETTINGS)
+
+
+# What each list of a fleet replaces; members are named and counted in this order.
+FLEET_SETTINGS = {
+    "hookpoint": "model.hookpoint",
+    "activation": "coder.activation",
+    "d_sae": "coder.d_sae",
+    "k": "coder.k",
+    "target_l0": "coder.target_l0",
+    "lr": "train.lr",
+    "seed": "run.seed",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -957,6 +1004,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
         _require(

@@ -162,8 +162,37 @@ def with_flags(base: Config, arguments: Sequence[str], program: str) -> Config:
         prog=program,
         description="Settings given here override the YAML file, which overrides the defaults.",
         default=base,
-        args=list(arguments),
+        args=list(_with_lists(arguments, known)),
     )
+
+
+def _with_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the arguments with `16,32` as two where a key takes a list.
+
+    Not where its members are free text (`data.exclude_tokens`), which may hold commas themselves;
+    a hookpoint's path holds none.
+    """
+    divides = False
+    for argument in arguments:
+        words = [argument]
+        if argument.startswith("--"):
+            words = argument.split("=", 1)
+            key = words[0].removeprefix("--").replace("-", "_")
+            divides = key.startswith("fleet.") or _is_list_without_text(known.get(key))
+            if not divides:
+                words = [argument]
+        for word in words:
+            yield from _divided(word) if divides else [word]
+
+
+def _divided(text: str) -> list[str]:
+    return [part for part in text.split(",") if part] or [text]
+
+
+def _is_list_without_text(hint: Any) -> bool:
+    lists = [member for member in _members(hint) if typing.get_origin(member) is tuple]
+    items = [item for member in lists for item in typing.get_args(member)]
+    return bool(lists) and not any(str in _members(item) for item in items)
 
 
 def _as_written(value: Any, hint: Any) -> Any:

@@ -200,3 +200,30 @@ def test_yamls_surprises_are_undone():
 def test_a_pair_has_two_members(betas: list[float]):
     with pytest.raises(TypeError, match="adam_betas"):
         from_flat({"train.adam_betas": betas})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--fleet.k", "16,32", "--fleet.lr=1e-3,2e-3", "--coder.prefixes", "4,8"],
+        ["--fleet.k", "16", "32", "--fleet.lr", "1e-3", "2e-3", "--coder.prefixes", "4", "8"],
+    ],
+    ids=["commas", "spaces"],
+)
+def test_lists_are_given_with_commas_or_spaces(flags: list[str]):
+    cfg = from_command_line(
+        [*flags, "--data.mask", "bos,first", "--coder.d_sae", "64"], "sae train"
+    )
+    assert cfg.fleet.k == (16, 32)
+    assert cfg.fleet.lr == (1e-3, 2e-3)
+    assert cfg.coder.prefixes == (4, 8)
+    assert cfg.data.mask == ("bos", "first")
+    assert cfg.coder.d_sae == 64
+
+
+def test_commas_in_free_text_stay():
+    flags = ["--data.exclude_tokens", "a,b", ",", "--fleet.hookpoint", "layers.1,layers.2:in"]
+    cfg = from_command_line([*flags, "--model.hookpoint", "x,y"], "sae train")
+    assert cfg.data.exclude_tokens == ("a,b", ",")
+    assert cfg.fleet.hookpoint == ("layers.1", "layers.2:in")
+    assert cfg.model.hookpoint == "x,y"

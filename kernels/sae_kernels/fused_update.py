@@ -16,6 +16,8 @@ float32 with a 16-bit shadow, 18 with bfloat16 moments, 14 in 8 bits.
 Deterministic: yes, bitwise; sums have a fixed order (segments.py) and rounding is a function of the
 step. Every row is updated, whether its latent fired or not, as Adam's moments demand; `lazy` skips
 those that did not (another optimiser: their moments stand still).
+Groups: several dictionaries of one shape may be updated at once, one behind the other as rows, each
+with a learning rate and a part of the returned term of its own: `AdamScalars.rates` of (G, 3).
 Source: Kingma & Ba 2015, "Adam", algorithm 1; Bricken et al. 2023 for the projection.
 """
 
@@ -56,10 +58,11 @@ class AdamScalars(NamedTuple):
     """What one step of Adam needs besides tensors of the weights' size.
 
     `rates` lies on the device, so that a captured CUDA graph sees each step's values: lr, c₁ and c₂
-    of the module's docstring, and `step` counts from 1.
+    of the module's docstring, and `step` counts from 1. With (G, 3) the rows are those of G
+    dictionaries of equal width, each with its own.
     """
 
-    rates: Tensor  # (3,) float32
+    rates: Tensor  # (3,) or (G, 3) float32
     step: Tensor  # () int64
     beta1: float = 0.9
     beta2: float = 0.999
@@ -75,14 +78,17 @@ def adam_scalars(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> AdamScalars:
-    """Return the scalars of step `step` (from 1); lr and step may be 0-d tensors on the device."""
+    """Return the scalars of step `step` (from 1); lr and step may be 0-d tensors on the device.
+
+    lr (G,) gives those of G dictionaries.
+    """
     count = torch.as_tensor(step, device=device, dtype=torch.int64)
     rate = torch.as_tensor(lr, device=device, dtype=torch.float64)
     # In float64: 1 − 0.999 in float32 is off by 6e-5 of itself.
     corrections = [
         -torch.expm1(count * torch.log(torch.full_like(rate, b))) for b in (beta1, beta2)
     ]
-    return AdamScalars(torch.stack([rate, *corrections]).float(), count, beta1, beta2, eps)
+    return AdamScalars(torch.stack([rate, *corrections], -1).float(), count, beta1, beta2, eps)
 
 
 class Dictionary(NamedTuple):
@@ -214,7 +220,8 @@ def _update_kernel(
     bias_m,
     bias_v,
     bias_terms,  # (n_programs, d) fp32, out: Σ G_b · W_enc over a program's latents
-    rates,  # (3,) fp32
+    rates,  # (G, 3) fp32
+    group_rows,  # rows of one group, a multiple of ROWS where there are several
     step_ptr,  # () int64
     beta1,
     beta2,
@@ -234,6 +241,7 @@ def _update_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     step = tl.load(step_ptr)
+    rates += 3 * (program * ROWS // group_rows)
     cols = tl.arange(0, BD)
     bias_term = tl.zeros((BD,), tl.float32)
     for latent in range(program * ROWS, tl.minimum((program + 1) * ROWS, d_sae)):
@@ -287,12 +295,14 @@ def launch_update(
     more: RowGradients | None = None,
     ends: Sequence[int] = (),
 ) -> Tensor:
-    """Update `dictionary` in place; return Σ_l G_b[l] · W_enc[l] (d_in) by the old rows, float32.
+    """Update `dictionary` in place; return Σ_l G_b[l] · W_enc[l] by the old rows, float32: (d_in),
+    or (G, d_in) with G groups.
 
     Either `segments`, `code` and the two rows, or `gradients`. With several `ends`, grad_rows
     (n · P, d_out) are those of each token's prefixes.
     """
     d_sae, d_in = dictionary.W_enc.shape
+    n_groups = scalars.rates.numel() // 3
     bias_terms = dictionary.W_enc.new_empty((cdiv(d_sae, ROWS), d_in))
     bias = dictionary.b_enc, dictionary.b_enc_m, dictionary.b_enc_v, bias_terms
     if segments is not None and code is not None:
@@ -319,7 +329,8 @@ def launch_update(
             _update_kernel,
             (bias_terms.shape[0],),
             *(*source, weight, shadow, *moments, *(biases or (None,) * 4)),
-            *(scalars.rates, scalars.step, scalars.beta1, scalars.beta2, scalars.eps),
+            *(scalars.rates, d_sae // n_groups),
+            *(scalars.step, scalars.beta1, scalars.beta2, scalars.eps),
             *weight.shape,
             num_warps=num_warps,
             maxnreg=min(MOST_REGISTERS, REGISTERS_OF_A_PROCESSOR // (32 * num_warps)),
@@ -330,7 +341,9 @@ def launch_update(
             BP=PAIRS,
             BD=next_power_of_2(weight.shape[1]),
         )
-    return bias_terms.sum(0)
+    if scalars.rates.ndim == 1:
+        return bias_terms.sum(0)
+    return bias_terms.view(n_groups, -1, d_in).sum(1)
 
 
 def _pairs(segments: Segments, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
@@ -438,17 +451,18 @@ def _update_by_torch(
     due: Tensor | None,
     more: RowGradients | None,
 ) -> Tensor:
-    """As `launch_update`, block by block of rows on a CPU.
+    """As `launch_update`, block by block of rows on a CPU, no block of two groups.
 
     `gradients_of` (start, stop) returns those of some rows, which may be written over; `due`
     (d_sae,) bool are the latents to update, None for all.
     """
     d_sae = dictionary.W_enc.shape[0]
-    bias_term = torch.zeros_like(dictionary.W_enc[0])
-    for start, stop in _blocks(dictionary):
-        rows = slice(start, stop)
+    all_rates = scalars.rates.view(-1, 3)
+    bias_terms = dictionary.W_enc.new_zeros((len(all_rates), dictionary.W_enc.shape[1]))
+    for group, start, stop in _blocks(dictionary, len(all_rates)):
+        rows, scalars_now = slice(start, stop), scalars._replace(rates=all_rates[group])
         part, gradients = _rows_of(dictionary, rows), gradients_of(start, stop)
-        bias_term += gradients.b_enc @ part.W_enc
+        bias_terms[group] += gradients.b_enc @ part.W_enc
         if more is not None:
             _add_(gradients, more, start, stop, d_sae)
         if unit_norm:
@@ -456,26 +470,29 @@ def _update_by_torch(
             gradients.W_dec.addcmul_(along[:, None], part.W_dec, value=-1)
         is_due = None if due is None else due[rows]
         bias_moments = Moments(part.b_enc_m, part.b_enc_v, *part.enc_moments[2:])
-        adam_step_(part.W_enc, gradients.W_enc, part.enc_moments, scalars, due=is_due, row=start)
-        adam_step_(part.W_dec, gradients.W_dec, part.dec_moments, scalars, due=is_due, row=start)
-        adam_step_(part.b_enc, gradients.b_enc, bias_moments, scalars, due=is_due)
+        options = {"due": is_due, "row": start}
+        adam_step_(part.W_enc, gradients.W_enc, part.enc_moments, scalars_now, **options)
+        adam_step_(part.W_dec, gradients.W_dec, part.dec_moments, scalars_now, **options)
+        adam_step_(part.b_enc, gradients.b_enc, bias_moments, scalars_now, due=is_due)
         if unit_norm:
             norms = torch.linalg.vector_norm(part.W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
             part.W_dec.div_(norms if is_due is None else norms.where(is_due[:, None], 1))
         for shadow, weight in ((part.enc_shadow, part.W_enc), (part.dec_shadow, part.W_dec)):
             if shadow is not None:
                 shadow.copy_(weight)
-    return bias_term
+    return bias_terms[0] if scalars.rates.ndim == 1 else bias_terms
 
 
-def _blocks(dictionary: Dictionary) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of rows; one block of all on a GPU."""
+def _blocks(dictionary: Dictionary, n_groups: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (group, start, stop) of blocks of rows; one block of each group on a GPU."""
     d_sae, d_in = dictionary.W_enc.shape
-    most = d_sae
+    width = most = d_sae // n_groups
     if dictionary.W_enc.is_cpu:
         most = max(1, BLOCK_BYTES // (4 * max(d_in, dictionary.W_dec.shape[1])))
-    for start in range(0, d_sae, most):
-        yield start, min(start + most, d_sae)
+    for group in range(n_groups):
+        end = (group + 1) * width
+        for start in range(group * width, end, most):
+            yield group, start, min(start + most, end)
 
 
 def _rows_of(dictionary: Dictionary, rows: slice) -> Dictionary:
@@ -577,11 +594,13 @@ def fused_update_(
 
     Returns the encoder's part of dL/db_dec, −Σ_l G_b[l] · W_enc[l] (d_in) by the rows before the
     step and without `more`, for an encoder that reads x = input − b_dec. The decoder's part is
-    grad_x_hat.sum(0).
+    grad_x_hat.sum(0). Where `scalars` are of G dictionaries, the rows are theirs, one behind the
+    other, and what is returned is each one's, (G, d_in).
 
     Raises ValueError or TypeError for shapes, dtypes, devices or prefixes that do not fit.
     """
     _check_dictionary(dictionary)
+    _check_groups(dictionary, scalars)
     check_code("code.values", code.values, code.indices, code.offsets)
     check_code("code.grad_pre_acts", code.grad_pre_acts, code.indices, code.offsets)
     n = code.indices.shape[0] if code.offsets is None else code.offsets.numel() - 1
@@ -622,6 +641,7 @@ def dense_update_(
     For gradients that were clipped or averaged over processes: see `sparse_gradients`.
     """
     _check_dictionary(dictionary)
+    _check_groups(dictionary, scalars)
     for name, gradient in gradients._asdict().items():
         weight: Tensor = getattr(dictionary, name)
         axes = dict(zip(("d_sae", "d"), weight.shape, strict=False))
@@ -672,6 +692,17 @@ def _check_more(more: RowGradients | None, dictionary: Dictionary) -> None:
 def _fits(dictionary: Dictionary) -> bool:
     """Return whether a program can hold the rows; wider ones take the torch form."""
     return max(dictionary.W_enc.shape[1], dictionary.W_dec.shape[1]) <= WIDEST_ROW
+
+
+def _check_groups(dictionary: Dictionary, scalars: AdamScalars) -> None:
+    """Raise unless the rows divide into the groups that `scalars` has rates for."""
+    d_sae, shape = dictionary.W_enc.shape[0], tuple(scalars.rates.shape)
+    n_groups = shape[0] if len(shape) == 2 else 1
+    if shape[-1:] != (3,) or len(shape) > 2 or d_sae % (n_groups * (ROWS if n_groups > 1 else 1)):
+        raise ValueError(
+            "`scalars.rates` must be (3,), or (G, 3) with G dictionaries of a multiple of "
+            f"{ROWS} rows each; got {shape} for {d_sae} rows. Make it with `adam_scalars`."
+        )
 
 
 def _check_dictionary(dictionary: Dictionary) -> None:

@@ -38,15 +38,14 @@ def save_checkpoint(state: TrainState, run: Path, accelerator: Accelerator, *, k
     path = run / "checkpoints" / f"step_{state.step:08d}"
     rank = accelerator.process_index
     if accelerator.is_main_process:
-        _remove_leftovers(run)
+        remove_leftovers(run)
         with new_folder(path) as beside:
-            _write_shared(state, beside)
+            write_shared(state, beside)
             _write_own(state, beside, rank)
             accelerator.wait_for_everyone()  # the folder is there: the others write theirs
             accelerator.wait_for_everyone()  # they have
-            write_json(beside / MANIFEST, _fingerprints(beside))
-        for old in checkpoints(run)[:-keep]:
-            _remove(old)
+            write_json(beside / MANIFEST, fingerprints(beside))
+        keep_newest(run, keep)
     else:
         accelerator.wait_for_everyone()
         _write_own(state, partial_path(path), rank)
@@ -142,11 +141,20 @@ def fingerprint_of(file: Path) -> dict[str, int]:
     return {"bytes": file.stat().st_size, "crc32": checksum}
 
 
-def _fingerprints(folder: Path) -> dict[str, dict[str, int]]:
-    return {file.name: fingerprint_of(file) for file in sorted(folder.iterdir())}
+def fingerprints(folder: Path) -> dict[str, dict[str, int]]:
+    """Return those of all files below a folder, by their path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): fingerprint_of(file) for file in files}
 
 
-def _write_shared(state: TrainState, folder: Path) -> None:
+def keep_newest(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
+    for old in checkpoints(run)[:-keep]:
+        _remove(old)
+
+
+def write_shared(state: TrainState, folder: Path) -> None:
+    """Write the dictionary and what is the same on every process."""
     write_dictionary_files(state.raw_coder(), folder)
     write_json(folder / "trainer.json", state.scalars())
     write_tensors(folder / TRAINER_TENSORS, state.tensors())
@@ -166,7 +174,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _remove_leftovers(run: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for folder in (run / "checkpoints").glob(".step_*"):
         shutil.rmtree(folder, ignore_errors=True)

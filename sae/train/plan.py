@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,8 @@ class Plan:
     """What a run costs.
 
     memory: bytes by part, of one process on `device`; together they are its peak. disk: bytes by
-    part, all that the run's folder will hold. seconds: all of the run, on `n_processes`.
+    part, all that the run's folder will hold. seconds: all of the run, on `n_processes`. members:
+    names of a fleet's, whose parts are those of all together.
     """
 
     device: str
@@ -59,6 +60,7 @@ class Plan:
     disk_free: int
     speed: Speed
     seconds: float
+    members: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -103,11 +105,11 @@ def plan(cfg: Config, *, seconds: float = CALIBRATION_SECONDS) -> Plan:
 
     Errors: those of the run itself, for a configuration that cannot work.
     """
-    if cfg.world.name:
-        raise ValueError(
-            "`sae plan` must be given a model and text, or shards; got the world "
-            f"{cfg.world.name!r}. Train on it with a small `train.tokens` to see its speed."
-        )
+    require_measurable(cfg)
+    if not cfg.fleet.is_empty:
+        from sae.train.fleet_plan import plan_fleet  # which is made of this module's parts
+
+        return plan_fleet(cfg, seconds)
     accelerator = make_accelerator(cfg.run, cfg.train)
     device, folder = accelerator.device, Path(cfg.run.folder or "runs/run")
     cfg = with_lanes(cfg, folder, accelerator.num_processes)
@@ -121,10 +123,33 @@ def plan(cfg: Config, *, seconds: float = CALIBRATION_SECONDS) -> Plan:
         reset_peak(device)
         state = make_state(cfg, source, accelerator)
         speed = measure(cfg, state, accelerator, seconds)
-        memory = memory_parts(cfg, source, state, device, loading)
+        memory = memory_parts(cfg, source, [state], device, loading)
     finally:
         source.close()
-    disk = disk_parts(cfg, state, memory["shuffle buffer"], accelerator.num_processes)
+    disk = disk_parts(cfg, [state], memory["shuffle buffer"], accelerator.num_processes)
+    return plan_of(cfg, source, accelerator, speed, memory, disk)
+
+
+def require_measurable(cfg: Config) -> None:
+    """Refuse a world, whose speed is seen by training on it."""
+    if cfg.world.name:
+        raise ValueError(
+            "`sae plan` must be given a model and text, or shards; got the world "
+            f"{cfg.world.name!r}. Train on it with a small `train.tokens` to see its speed."
+        )
+
+
+def plan_of(
+    cfg: Config,
+    source: BufferedSource,
+    accelerator: Accelerator,
+    speed: Speed,
+    memory: dict[str, int],
+    disk: dict[str, int],
+    members: tuple[str, ...] = (),
+) -> Plan:
+    """Return the plan of a resolved `cfg` from what was measured and what was added up."""
+    device = accelerator.device
     return Plan(
         device=str(device),
         n_processes=accelerator.num_processes,
@@ -133,9 +158,10 @@ def plan(cfg: Config, *, seconds: float = CALIBRATION_SECONDS) -> Plan:
         memory=memory,
         memory_available=available(device),
         disk=disk,
-        disk_free=disk_free(folder),
+        disk_free=disk_free(Path(cfg.run.folder or "runs/run")),
         speed=speed,
         seconds=duration(cfg, speed, source, accelerator),
+        members=members,
     )
 
 
@@ -150,21 +176,32 @@ def measure(cfg: Config, state: TrainState, accelerator: Accelerator, seconds: f
     """Read blocks for half of the time and take training steps for the other."""
     source, device = state.source, accelerator.device
     assert isinstance(source, BufferedSource)
-    lane = next(iter(source.lanes.values()))
-    rows, read_seconds = repeated(lambda: len(lane.stream.next_block().documents), seconds / 2)
     step = make_step(cfg, state, accelerator)
     n_micro = cfg.train.grad_accumulation_steps
     n = cfg.train.batch_tokens // accelerator.num_processes // n_micro
     x = state.calibration.normaliser.apply(source.calibration_sample().to(device))
     x = x.repeat(-(-n // len(x)), 1)[:n].clone()
 
-    def one_step() -> int:
+    def one_step() -> None:
         step([x] * n_micro, 0.0)
         state.step += 1
+
+    return timed(source, one_step, device, seconds)
+
+
+def timed(
+    source: BufferedSource, take_step: Callable[[], None], device: torch.device, seconds: float
+) -> Speed:
+    """Return how fast blocks are read and steps are taken, each for half of the time."""
+    lane = next(iter(source.lanes.values()))
+
+    def one_step() -> int:
+        take_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 1
 
+    rows, read_seconds = repeated(lambda: len(lane.stream.next_block().documents), seconds / 2)
     steps, step_seconds = repeated(one_step, seconds / 2)
     return Speed(rows / read_seconds, step_seconds / steps)
 
@@ -179,15 +216,23 @@ def repeated(turn: Callable[[], int], seconds: float) -> tuple[int, float]:
 
 
 def memory_parts(
-    cfg: Config, source: BufferedSource, state: TrainState, device: torch.device, loading: int
+    cfg: Config,
+    source: BufferedSource,
+    states: Sequence[TrainState],
+    device: torch.device,
+    loading: int,
 ) -> dict[str, int]:
-    """Return the bytes of each part at the worst moment; `loading` is the peak before the run."""
+    """Return the bytes of each part at the worst moment; `loading` is the peak before the run.
+
+    `states` are those of all coders that train together.
+    """
+    averages = [tensor for state in states if state.ema for tensor in state.ema.tensors.values()]
     parts = {
         "model": source.model_bytes(device),
         "shuffle buffer": buffer_bytes(cfg, source) if on(device, source) else 0,
-        "coder": sum(t.nbytes for t in state.coder.state_dict().values()),
-        "optimiser": sum(t.nbytes for t in state.optimiser.tensors().values()),
-        "average": sum(t.nbytes for t in state.ema.tensors.values()) if state.ema else 0,
+        "coder": sum(map(coder_bytes, states)),
+        "optimiser": sum(t.nbytes for s in states for t in s.optimiser.tensors().values()),
+        "average": sum(tensor.nbytes for tensor in averages),
     }
     small = sum(
         tensor.nbytes
@@ -200,8 +245,8 @@ def memory_parts(
     parts["work and libraries"] = max(0, most - known)
     if device.type == "cpu":
         # Where averages are kept, they pass through a coder of their own.
-        copies = CHECKPOINT_COPIES + bool(state.averages())
-        extra = int(copies * parts["coder"]) - (most - now)
+        copies = CHECKPOINT_COPIES + any(bool(state.averages()) for state in states)
+        extra = int(copies * max(map(coder_bytes, states))) - (most - now)
         parts["checkpoint"] = max(0, extra)
     if loading > sum(parts.values()):
         parts["loading the model"] = loading - sum(parts.values())
@@ -223,11 +268,18 @@ def buffer_bytes(cfg: Config, source: BufferedSource) -> int:
     return int(tokens * (a_row + 8 * (1 + replaced)))
 
 
-def disk_parts(cfg: Config, state: TrainState, buffers: int, n_processes: int) -> dict[str, int]:
+def coder_bytes(state: TrainState) -> int:
+    """Return the bytes of a coder."""
+    return sum(t.nbytes for t in state.coder.state_dict().values())
+
+
+def disk_parts(
+    cfg: Config, states: Sequence[TrainState], buffers: int, n_processes: int
+) -> dict[str, int]:
     """Return the bytes that the run's folder will hold, while one checkpoint more is written."""
-    coder = sum(t.nbytes for t in state.coder.state_dict().values())
-    shared = coder + sum(t.nbytes for t in state.tensors().values())
-    own = buffers + sum(t.nbytes for t in state.own_tensors().values())
+    coder = sum(map(coder_bytes, states))
+    shared = coder + sum(t.nbytes for state in states for t in state.tensors().values())
+    own = buffers + sum(t.nbytes for state in states for t in state.own_tensors().values())
     kept = min(cfg.train.keep_checkpoints + 1, 1 + n_steps(cfg.train) // checkpoint_interval(cfg))
     return {"dictionary": coder, "checkpoints": kept * (shared + n_processes * own)}
 

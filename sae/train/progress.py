@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +13,14 @@ from sae.config import TrainConfig
 from sae.train.schedule import n_steps
 
 LINES_WITHOUT_TERMINAL = 20
+
+
+class ShowsRows(Protocol):
+    """Receives the log's rows, to show them."""
+
+    def show(self, row: Mapping[str, float]) -> None:
+        """Show a row of the log."""
+        ...
 
 
 class TrainProgress:

@@ -45,7 +45,14 @@ from sae.worlds import WorldSource, make_world, resolve_world
 
 
 def run(cfg: Config) -> Path:
-    """Train as `cfg` says and return the run's folder; its `final/` holds the dictionary."""
+    """Train as `cfg` says and return the run's folder; its `final/` holds the dictionary.
+
+    A fleet's folder holds a run's folder for each of its members (`fleet_run`).
+    """
+    if not cfg.fleet.is_empty:
+        from sae.train.fleet_run import run_fleet  # which is made of this module's parts
+
+        return run_fleet(cfg)
     cfg = with_world(cfg)
     if not cfg.world.name:
         require_complete(cfg)
@@ -145,7 +152,7 @@ def open_source(
 
 def model_lanes(cfg: Config, lanes: Iterable[int], opened: OpenedModel) -> dict[int, RowStream]:
     """Return lanes of an open model's activations."""
-    if cfg.coder.site == "sae":
+    if cfg.coder.site == "sae" and cfg.fleet.is_empty:
         require_single(opened.hookpoints, opened.other is not None)
     reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
     return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
@@ -155,7 +162,7 @@ def shard_lanes(cfg: Config, lanes: Iterable[int]) -> dict[int, RowStream]:
     """Open the shards of `cfg`; no model is loaded."""
     n_lanes = cfg.stream.lanes or 1
     streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}
-    if cfg.coder.site == "sae":
+    if cfg.coder.site == "sae" and cfg.fleet.is_empty:
         require_single(next(iter(streams.values())).names)
     return dict(streams)
 

@@ -23,7 +23,15 @@ from sae.train.fused_step import FusedStep
 from sae.train.state import TrainState
 
 
-class Step(Protocol):
+class KeepsWeights(Protocol):
+    """What may hold copies of weights."""
+
+    def weights_changed(self) -> None:
+        """Take note that weights were changed between two steps."""
+        ...
+
+
+class Step(KeepsWeights, Protocol):
     """One optimiser step: gradients, update, and what the log and the dead list count."""
 
     def __call__(
@@ -34,10 +42,6 @@ class Step(Protocol):
 
         `values` are what schedules say now; None leaves the configuration's own.
         """
-        ...
-
-    def weights_changed(self) -> None:
-        """Take note that weights were changed between two steps."""
         ...
 
 

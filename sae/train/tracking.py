@@ -68,6 +68,7 @@ class WandbTracker:
             name=folder.name,
             id=id_file.read_text(),
             resume="allow",
+            reinit="create_new",  # a fleet has a run a member, all open at once
             dir=str(folder),
             config=flatten(config),
         )

@@ -34,10 +34,10 @@ from sae.train.latent_rows import is_sorting_due, sort_latents_
 from sae.train.metrics import MetricSums
 from sae.train.model_loss import ModelLoss
 from sae.train.optimisers import OPTIMISERS
-from sae.train.progress import TrainProgress
+from sae.train.progress import ShowsRows, TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
 from sae.train.state import Calibration, TrainState
-from sae.train.steps import Step, make_step
+from sae.train.steps import KeepsWeights, make_step
 from sae.train.tracking import Tracker, open_trackers
 
 
@@ -75,7 +75,7 @@ def train_coder(
         Log(cfg, state, trackers, progress) as log,
         Interrupt(accelerator.device) as interrupt,
     ):
-        _warm_up(source, progress, interrupt)
+        warm_up(source, progress, interrupt)
         while True:
             # ---- once in a while ----
             is_last = state.step >= last_step
@@ -84,33 +84,41 @@ def train_coder(
             is_log_due = is_last or state.step % cfg.train.log_every_steps == 0
             if is_log_due:
                 log.row()
-            stop_signal = _stop_signal(interrupt, accelerator, is_log_due)
-            is_save_due = is_last or stop_signal or state.step % _checkpoint_interval(cfg) == 0
+            stop = stop_signal(interrupt, accelerator, is_log_due)
+            is_save_due = is_last or stop or state.step % checkpoint_interval(cfg) == 0
             if folder is not None and is_save_due and state.step > saved_step:
-                _require_finite_weights(state.coder, source.name, state.step)
+                require_finite_weights(state.coder, source.name, state.step)
                 save_checkpoint(state, folder, accelerator, keep=cfg.train.keep_checkpoints)
                 saved_step = state.step
-            if stop_signal or is_last:
+            if stop or is_last:
                 break
 
             # ---- one training step ----
-            inputs = _tended(cfg, state, step, _inputs(cfg, state, accelerator))
+            inputs = tended(cfg, state, step, _inputs(cfg, state, accelerator))
             step(inputs, lr_at(state.step, cfg.train), values_at(state.step, cfg))
             state.step += 1
             if state.ema is not None:
                 state.ema.update_(state.coder, state.step)
 
-    if stop_signal:
-        raise _stopped(stop_signal, folder, saved_step)
+    if stop:
+        raise stopped(stop, folder, saved_step)
     return state.raw_coder()
 
 
-def make_state(cfg: Config, source: ActivationSource, accelerator: Accelerator) -> TrainState:
-    """Return the state before the first step: calibrated, initialised, on the device."""
+def make_state(
+    cfg: Config,
+    source: ActivationSource,
+    accelerator: Accelerator,
+    calibration: Calibration | None = None,
+) -> TrainState:
+    """Return the state before the first step: calibrated, initialised, on the device.
+
+    `calibration` is that of another state on the same activations, where there is one.
+    """
     device = accelerator.device
     sample = source.calibration_sample().to(device)
     sites = Sites.of(cfg.coder, source.widths)
-    calibration = calibrate(sample, cfg, sites)
+    calibration = calibration or calibrate(sample, cfg, sites)
     metadata = {**source.metadata(), **place_names(source, sites, cfg)}
     coder = SparseCoder.create(
         sites.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata, sites=sites
@@ -189,7 +197,7 @@ class Log:
     """Reads the metrics since the last row and hands the row to trackers and progress."""
 
     def __init__(
-        self, cfg: Config, state: TrainState, trackers: list[Tracker], progress: TrainProgress
+        self, cfg: Config, state: TrainState, trackers: list[Tracker], progress: ShowsRows
     ):
         self.cfg, self.state, self.trackers, self.progress = cfg, state, trackers, progress
         self._time, self._tokens = time.monotonic(), state.tokens_seen
@@ -233,8 +241,8 @@ class Log:
         return since / max(now - before, 1e-9)
 
 
-def _tended(
-    cfg: Config, state: TrainState, step: Step, inputs: Iterator[Tensor]
+def tended(
+    cfg: Config, state: TrainState, step: KeepsWeights, inputs: Iterator[Tensor]
 ) -> Iterable[Tensor]:
     """Sort and resample latents where that is due, and return the inputs of the step.
 
@@ -268,14 +276,14 @@ def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
     return state.calibration.normaliser.apply(x.detach().to(accelerator.device))
 
 
-def _stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:
+def stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:
     """Return the signal to stop for, or 0; several processes agree on it at the log's steps."""
     if accelerator.num_processes == 1:
         return interrupt.number
     return interrupt.agreed() if is_log_due else 0
 
 
-def _stopped(number: int, folder: Path | None, saved_step: int) -> BaseException:
+def stopped(number: int, folder: Path | None, saved_step: int) -> BaseException:
     """Return what ends a run that a signal stopped.
 
     Where nothing was to be kept, in a notebook or a script, Ctrl-C is what it always is.
@@ -285,7 +293,7 @@ def _stopped(number: int, folder: Path | None, saved_step: int) -> BaseException
     return Interrupted(number, is_saved=folder is not None and saved_step > 0)
 
 
-def _checkpoint_interval(cfg: Config) -> int:
+def checkpoint_interval(cfg: Config) -> int:
     assert cfg.train.checkpoint_every_steps is not None
     return cfg.train.checkpoint_every_steps
 
@@ -298,7 +306,7 @@ def _trackers(
     return open_trackers(cfg, folder, step)
 
 
-def _warm_up(source: ActivationSource, progress: TrainProgress, interrupt: Interrupt) -> None:
+def warm_up(source: ActivationSource, progress: TrainProgress, interrupt: Interrupt) -> None:
     """Let the source fill its buffer; a signal ends that at once, as there is nothing to save."""
 
     def tell(rows: int, capacity: int) -> None:
@@ -317,7 +325,7 @@ def _require_finite_loss(row: Mapping[str, float], name: str) -> None:
         )
 
 
-def _require_finite_weights(coder: SparseCoder, name: str, step: int) -> None:
+def require_finite_weights(coder: SparseCoder, name: str, step: int) -> None:
     """Never let a broken coder replace a good checkpoint."""
     if not all(torch.isfinite(p).all() for p in coder.parameters()):
         raise NonFiniteActivationsError(

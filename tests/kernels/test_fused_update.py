@@ -459,6 +459,53 @@ def test_scalars_are_exact_for_the_first_steps() -> None:
         torch.testing.assert_close(scalars.rates.double(), wanted, rtol=1e-7, atol=0)
 
 
+@each_path
+def test_groups_are_dictionaries_of_their_own(impl, block_rows, generator, monkeypatch) -> None:
+    """Two dictionaries as rows of one, with rates of their own, are each what it is alone."""
+    make_blocks(monkeypatch, block_rows)
+    monkeypatch.setattr(fused_update, "ROWS", 5)
+    alone = [draw_dictionary(), draw_dictionary()]
+    both = stacked(alone)
+    for number, rates in ((1, [0.02, 0.3]), (2, [0.01, 0.2])):
+        steps = [draw_step(generator) for _ in alone]
+        terms = [
+            fused_update.fused_update_(d, adam_scalars(lr, number, d.W_enc.device), *step)
+            for d, lr, step in zip(alone, rates, steps, strict=True)
+        ]
+        (first, *rows), (second, *others) = steps
+        code = Code(
+            torch.cat([first.values, second.values]),
+            torch.cat([first.indices, second.indices + CASE.d_sae]),
+            torch.cat([first.grad_pre_acts, second.grad_pre_acts]),
+        )
+        given = [torch.cat(pair) for pair in zip(rows, others, strict=True)]
+        scalars = adam_scalars(torch.tensor(rates), number, both.W_enc.device)
+        term = fused_update.fused_update_(both, scalars, code, *given, impl=impl)
+        torch.testing.assert_close(term, torch.stack(terms), rtol=1e-5, atol=1e-5)
+    for found, want in zip(tensors(both), tensors(stacked(alone)), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+
+
+def stacked(dictionaries: list[Dictionary]) -> Dictionary:
+    """Return dictionaries as rows of one, copied."""
+    first = dictionaries[0]
+    of_all = [[d[i] for d in dictionaries] for i in range(7)]
+    parts = [
+        Moments(*map(torch.cat, zip(*part, strict=True)))
+        if isinstance(first[i], Moments)
+        else torch.cat(part)
+        for i, part in enumerate(of_all)
+    ]
+    return Dictionary(*parts)
+
+
+def test_groups_must_divide_the_rows(generator) -> None:
+    dictionary = draw_dictionary()
+    scalars = adam_scalars(torch.tensor([0.1, 0.2, 0.3]), 1, dictionary.W_enc.device)
+    with pytest.raises(ValueError, match=r"of a multiple of 4 rows each; got \(3, 3\) for 10"):
+        fused_update.fused_update_(dictionary, scalars, *draw_step(generator))
+
+
 def test_errors(generator) -> None:
     dictionary = draw_dictionary()
     code, grad_x_hat, x = draw_step(generator)

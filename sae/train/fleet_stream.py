@@ -1,0 +1,105 @@
+"""One stream for all members of a fleet: text, forward and buffer are made once.
+
+Each member sees its own hookpoint of it as an `ActivationSource` that stands still: the fleet's
+trainer takes the batches and hands them round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sae.stream.hookpoints import choose_names
+from sae.stream.source import ActivationSource, NonFiniteActivationsError, SourceState
+from sae.train.fleet_members import Member
+
+
+class FleetStream:
+    """A source whose hookpoints are divided among members.
+
+    Attributes:
+        names: of the hookpoints, in the order of `next_rows`.
+        log_values: what the log says of the stream since `read_log_values` was last called.
+    """
+
+    def __init__(self, source: ActivationSource):
+        self.source = source
+        self.names: tuple[str, ...] = getattr(source, "names", (source.name,))
+        calibration_rows: Callable[[], tuple[Tensor, ...]] | None
+        calibration_rows = getattr(source, "calibration_rows", None)
+        self.samples = calibration_rows() if calibration_rows else (source.calibration_sample(),)
+        self.log_values: dict[str, float] = {}
+
+    def place_of(self, member: Member) -> int:
+        """Return which hookpoint a member reads.
+
+        Errors: ValueError where its pattern matches several.
+        """
+        if not member.cfg.model.hookpoint:  # a world's rows, or a tensor's
+            return 0
+        found = choose_names(member.cfg.model.hookpoint, self.names)
+        if len(found) != 1:
+            raise ValueError(
+                "`model.hookpoint` must match exactly one module for each member of a fleet; for "
+                f"`{member.name}` it matches {len(found)}: {', '.join(found[:8])}. Write them out "
+                "in `fleet.hookpoint`, to train one dictionary on each."
+            )
+        return self.names.index(found[0])
+
+    def share(self, place: int) -> HookpointShare:
+        """Return one hookpoint as a source of its own."""
+        return HookpointShare(self, place)
+
+    def read_log_values(self) -> None:
+        """Ask the source, once for all members, what the log should say of it."""
+        self.log_values = self.source.log_values()
+
+    def next_rows(self, n: int, step: int) -> tuple[Tensor, ...]:
+        """Return the next n rows of every hookpoint, (n, width) each, in raw units."""
+        try:
+            return self.source.next_rows(n)
+        except NonFiniteActivationsError as error:
+            raise NonFiniteActivationsError(f"at step {step}: {error}") from error
+
+
+class HookpointShare:
+    """One hookpoint of a fleet's stream, for a member's state and log; an `ActivationSource`."""
+
+    def __init__(self, stream: FleetStream, place: int):
+        self.stream, self.place = stream, place
+        self.name, self.widths = stream.names[place], (stream.samples[place].shape[1],)
+
+    def calibration_sample(self) -> Tensor:
+        """Return its part of the stream's sample, (m, d_in)."""
+        return self.stream.samples[self.place]
+
+    def metadata(self) -> dict[str, object]:
+        """Return the origin of its activations."""
+        found = self.stream.source.metadata()
+        return {**found, "hook_name": self.name} if "hook_name" in found else found
+
+    def log_values(self) -> dict[str, float]:
+        """Return what the stream last read of itself."""
+        return self.stream.log_values
+
+    def warm_up(self, tell: Callable[[int, int], None]) -> None:
+        """Do nothing: the stream is filled once for all."""
+
+    def next_batch(self, n: int) -> Tensor:
+        """Refuse: rows are taken for all members at once."""
+        raise NotImplementedError(f"a fleet takes its batches together; {n} rows asked for alone")
+
+    def next_rows(self, n: int) -> tuple[Tensor, ...]:
+        """Refuse, as `next_batch`."""
+        return (self.next_batch(n),)
+
+    def state(self) -> SourceState:
+        """Return nothing: the stream's place is saved once for all."""
+        return SourceState({})
+
+    def load_state(self, state: SourceState) -> None:
+        """Do nothing, as the stream itself is loaded."""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -44,8 +44,10 @@ class _AllSeen(Exception):
     """Raised inside the last hook to end the forward; no error."""
 
 
-def find_hookpoints(module: nn.Module, pattern: str) -> list[Hookpoint]:
-    """Return the hookpoints that `pattern` matches, in the model's order.
+def find_hookpoints(
+    module: nn.Module, pattern: str, setting: str = "model.hookpoint"
+) -> list[Hookpoint]:
+    """Return the hookpoints that `pattern`, a value of `setting`, matches, in the model's order.
 
     Raises ValueError, with the nearest paths, where none does.
     """
@@ -55,7 +57,7 @@ def find_hookpoints(module: nn.Module, pattern: str) -> list[Hookpoint]:
     if not matches and (prefix := _base_path(module)):
         matches = _matches(f"{prefix}.{glob}", paths)
     if not matches:
-        raise ValueError(_no_match(pattern, glob, paths))
+        raise ValueError(_no_match(pattern, glob, paths, setting))
     return [Hookpoint(path, side) for path in matches]
 
 
@@ -75,13 +77,15 @@ def find_hookpoint(module: nn.Module, pattern: str) -> Hookpoint:
     return found[0]
 
 
-def find_hookpoints_of(module: nn.Module, patterns: str) -> list[Hookpoint]:
+def find_hookpoints_of(
+    module: nn.Module, patterns: str, setting: str = "model.hookpoint"
+) -> list[Hookpoint]:
     """Return the hookpoints of several patterns, separated by commas, in the order they are given.
 
     Raises ValueError as `find_hookpoints` does.
     """
     names = [pattern.strip() for pattern in patterns.split(",")]
-    found = [hookpoint for name in names for hookpoint in find_hookpoints(module, name)]
+    found = [hookpoint for name in names for hookpoint in find_hookpoints(module, name, setting)]
     return list(dict.fromkeys(found))
 
 
@@ -201,13 +205,13 @@ def _base_path(module: nn.Module) -> str | None:
     return next((path for path, child in module.named_modules() if child is base and path), None)
 
 
-def _no_match(pattern: str, glob: str, paths: Sequence[str]) -> str:
+def _no_match(pattern: str, glob: str, paths: Sequence[str], setting: str) -> str:
     near = difflib.get_close_matches(glob, paths, n=5, cutoff=0.5)
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+", "*", path) for path in paths))
     nearest = f"Nearest: {', '.join(near)}. " if near else ""
     more = ", …" if len(kinds) > 20 else ""
     return (
-        f"`model.hookpoint` must match a module of the model; got {pattern!r}, which matches none. "
+        f"`{setting}` must match a module of the model; got {pattern!r}, which matches none. "
         f"{nearest}The model has: {', '.join(kinds[:20])}{more}."
     )
 

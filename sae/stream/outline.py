@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sae.coder.coder import resolve
 from sae.coder.sites import Sites
 from sae.config import Config, ModelConfig
 from sae.stream.hookpoints import Hookpoint, capture, find_hookpoints_of
@@ -29,14 +30,16 @@ def require_places(cfg: Config) -> None:
     """Refuse places that a coder of several cannot be trained on, by the models' outlines.
 
     Errors: ValueError for a path that matches nothing, another number of places than the site
-    needs, widths that do not fit, and a place that is written before it is read.
+    needs, widths and numbers of latents that do not fit, and a place that is written before it is
+    read.
     """
     if cfg.coder.site == "sae":
         return
     model = load_outline(cfg.model)
     hookpoints = find_hookpoints_of(model, cfg.model.hookpoint)
-    targets = find_hookpoints_of(model, cfg.model.target) if cfg.model.target else []
-    if cfg.model.target and len(targets) != len(hookpoints):
+    target = cfg.model.target
+    targets = find_hookpoints_of(model, target, "model.target") if target else []
+    if target and len(targets) != len(hookpoints):
         raise ValueError(
             "`model.target` must match as many modules as `model.hookpoint`; it matches "
             f"{len(targets)}, that {len(hookpoints)}. Name one target for each."
@@ -50,7 +53,7 @@ def require_places(cfg: Config) -> None:
     if cfg.model.other is not None:
         of_other = _widths(load_outline(others(cfg.model)), hookpoints)
         widths += [] if of_other is None else [of_other[place] for place in hookpoints]
-    Sites.of(cfg.coder, tuple(widths))
+    resolve(cfg.coder, Sites.of(cfg.coder, tuple(widths)))
 
 
 def _widths(model: nn.Module, places: list[Hookpoint]) -> dict[Hookpoint, int] | None:

@@ -272,9 +272,10 @@ def test_a_plan_of_a_transcoder(tiny_config: Path):
         ),
         (
             {"coder.site": "transcoder", "model.hookpoint": MLP, "model.target": "model.layers.9"},
-            r"`model.hookpoint` must match a module",
+            r"`model.target` must match a module",
         ),
         ({"coder.site": "crosscoder"}, r"needs at least two places"),
+        ({**KINDS["cross_layer"], "coder.d_sae": 49}, r"must be a multiple of the layers"),
         (
             {
                 "coder.site": "cross_layer",

@@ -728,7 +728,7 @@ class TrainConfig:
     """Share of the steps, at the end, that train with the model's loss; 1 trains end to end."""
 
     model_loss_weight: float | None = None
-    """Weight of the model's loss; None: as much as makes it count like the reconstruction's."""
+    """Weight of the model's loss; None: what makes it pull at x_hat as the reconstruction does."""
 
     model_loss_contexts: int = 8
     """Contexts on which a process takes the model's loss in one step, beside the step's batch."""

@@ -88,9 +88,9 @@ class AutogradStep:
         if not model_loss.is_due(state.step):
             none = torch.zeros((), device=state.coder.b_dec.device)
             return none, none
-        weighted, plain = model_loss(state.coder, state.calibration, values, state.step)
-        weighted.backward()
-        return weighted.detach(), plain
+        added = model_loss(state.coder, state.calibration, values, state.step)
+        added.differentiable.backward()
+        return added.weighted, added.plain
 
     def weights_changed(self) -> None:
         """Do nothing: this step keeps no copies of weights."""

@@ -5,21 +5,23 @@ x_hat stands in place of y at every token that counts (`evals.replacing`):
     kl = mean over counted positions of KL(p ‖ q)      ce = mean of −log q(next token)
 It is added to a step's other losses, on contexts of its own, in the last `model_loss_fraction` of
 the steps: 1 trains end to end, a small share fine-tunes what reconstruction found. Without a
-`model_loss_weight` it counts as much as the reconstruction of the same tokens does: its factor is
-reconstruction / kl, held constant.
+`model_loss_weight` it pulls as hard at x_hat as the reconstruction of the same tokens does: its
+factor is ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held constant.
 Source: Braun et al. 2024 (arXiv 2405.12241), end-to-end dictionaries; Karvonen 2025 (arXiv
-2503.17272), KL and MSE in a short fine-tuning, balanced like this.
+2503.17272), KL and MSE in a short fine-tuning. There losses are made equal, not gradients; here
+that made both worse, as Adam's second moments know only the smaller gradients before (docs/log.md).
 
 The contexts of a step are a function of its number: a run that goes on reads past those before it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder
-from sae.coder.reconstruction import mean_squared
 from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.evals.downstream import counted_positions
@@ -29,7 +31,19 @@ from sae.stream.opening import OpenedModel
 from sae.train.schedule import first_with_model_loss
 from sae.train.state import Calibration
 
-SMALLEST = 1e-9
+SMALLEST = 1e-12
+
+
+class Added(NamedTuple):
+    """A step's loss, scalars each.
+
+    differentiable: what has its gradients. weighted: what it adds to the step's loss. plain: kl or
+    ce itself.
+    """
+
+    differentiable: Tensor
+    weighted: Tensor
+    plain: Tensor
 
 
 class ModelLoss:
@@ -48,32 +62,25 @@ class ModelLoss:
 
     def __call__(
         self, coder: SparseCoder, calibration: Calibration, values: StepValues, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss, to be differentiated, and kl or ce itself, both scalars."""
+    ) -> Added:
+        """Return the loss of the step with 0-based index `step`."""
         contexts = self._contexts_of(step)
         clean, rows = clean_pass(self.lm, self.places, contexts.tokens)
         may_replace = _replaceable(coder, contexts, rows)
-        written, reconstruction = self._written(coder, calibration, values, rows[may_replace])
-        parts = written.split(list(coder.sites.written_widths), -1)
+        kept, normaliser, sites = rows[may_replace], calibration.normaliser, coder.sites
+        x = normaliser.apply(kept.to(coder.b_dec.device))
+        read = sites.read(x)
+        x_hat = coder.decode_for(coder.encode_for_losses(read, values).code, read)
+        written = normaliser.undo(x_hat, sites.written_columns, sites.written(kept))
+        parts = written.split(list(sites.written_widths), -1)
         with replaced(self.lm, self.places, may_replace, parts.__getitem__):
             logits = logits_of(self.lm, contexts.tokens)
         loss = self._loss(clean, logits, contexts, counted_positions(contexts, may_replace))
-        weight = self.cfg.model_loss_weight
-        if weight is None:
-            return loss * (reconstruction / loss.detach().clamp_min(SMALLEST)), loss.detach()
-        return weight * loss, loss.detach()
-
-    def _written(
-        self, coder: SparseCoder, calibration: Calibration, values: StepValues, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the coder writes for raw rows, in raw units, and its reconstruction loss."""
-        normaliser, sites = calibration.normaliser, coder.sites
-        x = normaliser.apply(rows.to(coder.b_dec.device))
-        read = sites.read(x)
-        x_hat = coder.decode_for(coder.encode_for_losses(read, values).code, read)
-        residual = (sites.written(x) - x_hat).detach()
-        reconstruction = mean_squared(residual, 0.0) / calibration.variance
-        return normaliser.undo(x_hat, sites.written_columns, sites.written(rows)), reconstruction
+        if self.cfg.model_loss_weight is not None:
+            weighted = self.cfg.model_loss_weight * loss
+            return Added(weighted, weighted.detach(), loss.detach())
+        residual = x_hat.detach() - sites.written(x)
+        return _balanced(loss, x_hat, 2 / (max(len(x), 1) * calibration.variance) * residual)
 
     def _loss(self, clean: Tensor, logits: Tensor, contexts: Contexts, counted: Tensor) -> Tensor:
         """Return kl or ce over the counted positions; 0 where none counts."""
@@ -94,6 +101,13 @@ class ModelLoss:
             self._taken += 1
         self._taken += 1
         return self._contexts.next_batch(n)
+
+
+def _balanced(loss: Tensor, x_hat: Tensor, pull: Tensor) -> Added:
+    """Return `loss` with a weight that makes it pull at x_hat (n, d_out) as hard as `pull` does."""
+    (gradient,) = torch.autograd.grad(loss, x_hat)
+    weight = pull.norm() / gradient.norm().clamp_min(SMALLEST)
+    return Added((x_hat * (weight * gradient)).sum(), weight * loss.detach(), loss.detach())
 
 
 def _log_probs(logits: Tensor, counted: Tensor) -> Tensor:

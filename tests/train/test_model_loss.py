@@ -84,7 +84,7 @@ def test_gradients_are_finite_differences(
 
     def value() -> torch.Tensor:
         loss._contexts.load_state_dict(start)
-        return loss(coder, calibration, values, loss.first + loss._taken)[0]
+        return loss(coder, calibration, values, loss.first + loss._taken).differentiable
 
     start = loss._contexts.state_dict()
     value().backward()
@@ -138,18 +138,35 @@ def test_a_run_is_trained_by_it_at_its_end(kind: str, tiny_config: Path):
     assert found[0.5] < 0.95 * found[0.0], found
 
 
-@pytest.mark.filterwarnings("ignore:The fused training step")
-def test_balanced_it_counts_as_the_reconstruction_does(tiny_config: Path):
-    cfg = configured(tiny_config, **{"train.model_loss": "kl"})
-    loss, coder, calibration = end_to_end(cfg, torch.float32)
-    weighted, plain = loss(coder, calibration, StepValues.fixed(coder.cfg), loss.first)
-    assert plain > 0
-    fixed = replace(cfg, train=replace(cfg.train, model_loss_weight=2.0))
-    other, *_ = end_to_end(fixed, torch.float32)
-    twice, again = other(coder, calibration, StepValues.fixed(coder.cfg), other.first)
-    torch.testing.assert_close(plain, again)
-    torch.testing.assert_close(twice.detach(), 2 * plain)
-    assert weighted.detach() != plain
+def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(tiny_config: Path):
+    """The gradient of b_dec is the sum of x_hat's: in the direction of kl's, of another length."""
+    gradients, adds = {}, {}
+    for weight in (None, 2.0):
+        cfg = configured(tiny_config, **{"train.model_loss": "kl"})
+        cfg = replace(cfg, train=replace(cfg.train, model_loss_weight=weight))
+        loss, coder, calibration = end_to_end(cfg, torch.float32)
+        seen: list[torch.Tensor] = []
+        decode = coder.decode_for
+
+        def decode_for(code, x, decode=decode, seen=seen):
+            x_hat = decode(code, x)
+            x_hat.register_hook(seen.append)
+            seen.append(x_hat.detach())
+            seen.append(x)
+            return x_hat
+
+        coder.decode_for = decode_for  # pyright: ignore[reportAttributeAccessIssue]
+        adds[weight] = loss(coder, calibration, StepValues.fixed(coder.cfg), loss.first)
+        adds[weight].differentiable.backward()
+        x_hat, x, *_, gradients[weight] = seen
+    pull = (2 / len(x) * (x_hat - x) / calibration.variance).norm()
+    torch.testing.assert_close(gradients[None].norm(), pull)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(gradients[None].flatten(), gradients[2.0].flatten(), 0) > 0.999
+    torch.testing.assert_close(adds[None].plain, adds[2.0].plain)
+    torch.testing.assert_close(adds[2.0].weighted, 2 * adds[2.0].plain)
+    factor = gradients[None].norm() / gradients[2.0].norm() * 2
+    torch.testing.assert_close(adds[None].weighted, factor * adds[None].plain)
 
 
 @pytest.mark.filterwarnings("ignore:The fused training step")

@@ -171,9 +171,8 @@ class FleetLog:
             try:
                 log.row()
             except NonFiniteActivationsError as error:
-                raise NonFiniteActivationsError(
-                    f"in member `{name}` of the fleet, {error}"
-                ) from error
+                message = f"in member `{name}` of the fleet, {error}"
+                raise NonFiniteActivationsError(message) from error
         if self._shown:
             names = ("tokens", "tokens_per_second", "fvu", "l0", "dead_share")
             n = len(self._shown)

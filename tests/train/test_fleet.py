@@ -375,7 +375,7 @@ def test_a_fleet_that_failed_before_its_first_checkpoint_leaves_the_folder_free(
 
 def test_a_member_that_diverges_is_named(tiny_config: Path):
     flags = ["--fleet.lr", "1e-3,1e30", "--train.step", "autograd"]
-    with pytest.raises(ValueError, match="in member `lr1e.30` of the fleet, the loss on"):
+    with pytest.raises(ValueError, match=r"in member `lr1e.30` of the fleet, the loss on"):
         run(configured(tiny_config, *flags))
 
 

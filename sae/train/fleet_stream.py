@@ -51,6 +51,10 @@ class FleetStream:
         """Return one hookpoint as a source of its own."""
         return HookpointShare(self, place)
 
+    def forget_samples(self) -> None:
+        """Give back the memory of the samples, once every member is calibrated."""
+        self.samples = ()
+
     def read_log_values(self) -> None:
         """Ask the source, once for all members, what the log should say of it."""
         self.log_values = self.source.log_values()

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sae.coder.sites import Sites
+from sae.stream.source import NonFiniteActivationsError
 from sae.train.fleet_checkpoint import load_fleet, save_fleet
 from sae.train.fleet_groups import Trainee, make_groups
 from sae.train.fleet_members import Member
@@ -55,6 +56,7 @@ def train_fleet(
     # ---- set-up ----
     cfg = members[0].cfg  # of what all share: lengths, intervals, batches
     trainees = make_trainees(members, stream, accelerator)
+    stream.forget_samples()
     states = {trainee.name: trainee.state for trainee in trainees}
     if resume_from is not None:
         load_fleet(states, stream.source, resume_from)
@@ -155,19 +157,23 @@ class FleetLog:
         self.progress, self._shown = progress, []
         self._open = ExitStack()
         with ExitStack() as opened:
-            self.logs = [
-                opened.enter_context(
+            self.logs = {
+                t.name: opened.enter_context(
                     Log(t.cfg, t.state, open_trackers(t.cfg, folder / t.name, t.state.step), self)
                 )
                 for t in trainees
-            ]
+            }
             self._open = opened.pop_all()
 
     def rows(self) -> None:
         """Log one row of every member."""
         self._shown: list[Mapping[str, float]] = []
-        for log in self.logs:
-            log.row()
+        for name, log in self.logs.items():
+            try:
+                log.row()
+            except NonFiniteActivationsError as error:
+                message = f"in member `{name}` of the fleet, {error}"
+                raise NonFiniteActivationsError(message) from error
         if self._shown:
             names = ("tokens", "tokens_per_second", "fvu", "l0", "dead_share")
             n = len(self._shown)

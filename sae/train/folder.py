@@ -92,10 +92,19 @@ def environment(device: torch.device, n_processes: int) -> dict[str, object]:
 
 
 def holds_no_result(folder: Path) -> bool:
-    """Say whether a folder is empty, or holds a run that ended before its first checkpoint."""
+    """Say whether a folder is empty, or holds a run that ended before its first checkpoint.
+
+    The run may be a fleet, with folders of members that hold no more.
+    """
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     has_result = "final" in names or any((folder / "checkpoints").glob("step_*"))
-    return not has_result and names <= EARLY_FILES
+    others = [folder / name for name in names - EARLY_FILES]
+    return not has_result and all(CONFIG_FILE in names and _is_early(path) for path in others)
+
+
+def _is_early(member: Path) -> bool:
+    is_run = member.is_dir() and (member / CONFIG_FILE).exists()
+    return is_run and holds_no_result(member)
 
 
 def _may_differ(key: str) -> bool:

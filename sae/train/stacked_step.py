@@ -5,9 +5,9 @@ weights, and token i is row m·n + i of M·n inputs x_i − b_dec[m]:
   encode         one batched matmul (M, n, d) × (M, d, F), and each coder's own selection;
   decode         one `sparse_decode_loss` over the M·n rows;
   update         one `fused_update_` over the M·F rows, with M learning rates.
-So a GPU gets few large kernels where M steps are many small ones. The codes are those of `coder`
-alone, so the coders may differ in k, and in how they select. A CPU, for which a large matmul is no
-faster than M small ones, encodes one coder after the other.
+So a GPU gets few large kernels where M steps are many small ones. The coders may differ in k, in
+how they select, and in what is random. A CPU, for which a large matmul is no faster than M small
+ones, gains nothing by it (`fleet_groups.stacks`).
 
 The coders' parameters and Adam's moments become views of the stacked tensors: whoever holds a
 `TrainState` (checkpoints, resampling, averages) sees what it always saw. See `fused_step` for the
@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import sae_kernels
+from sae.coder import SparseCoder
 from sae.coder.activations import ACTIVATIONS
 from sae.coder.latents import Latents, SparseCode
 from sae.coder.losses import LossInputs, auxk_gradients, extra_loss_names
@@ -73,20 +74,12 @@ class StackedStep:
     ):
         self.cfgs, self.states, device = tuple(cfgs), tuple(states), accelerator.device
         self.d_sae = states[0].coder.d_sae
-        self.encodes_at_once = device.type != "cpu"
         stack = stacked_(states)
-        train = cfgs[0].train
-        is_bf16 = train.mixed_precision == "bf16"
-        # As in `FusedStep`: a CPU would only widen 16-bit decoder rows again.
-        enc_shadow = stack.W_enc.bfloat16() if is_bf16 else None
-        dec_shadow = stack.W_dec.bfloat16() if is_bf16 and self.encodes_at_once else None
-        self.dictionary = Dictionary(*stack[:5], *stack.b_enc_moments[:2], enc_shadow, dec_shadow)
-        scratch = None
-        if not self.encodes_at_once:
-            dtype = torch.bfloat16 if is_bf16 else torch.float32
-            scratch = sae_kernels.new_scratch(train.batch_tokens, self.d_sae, dtype, device)
+        is_bf16 = cfgs[0].train.mixed_precision == "bf16"
+        enc, dec = (w.bfloat16() if is_bf16 else None for w in (stack.W_enc, stack.W_dec))
+        self.dictionary = Dictionary(*stack[:5], *stack.b_enc_moments[:2], enc, dec)
         self.coders = tuple(
-            state.coder.with_memory(self._rows(enc_shadow, m), self._rows(dec_shadow, m), scratch)
+            state.coder.with_memory(self._rows(enc, m), self._rows(dec, m), None)
             for m, state in enumerate(states)
         )
         self.lrs = torch.zeros(len(states), dtype=torch.float64, device=device)
@@ -125,7 +118,7 @@ class StackedStep:
         n, n_coders = len(x), len(self.coders)
         c = 1 / (n * self.states[0].calibration.variance)
         centred = x - torch.stack([coder.b_dec for coder in self.coders])[:, None]
-        codes = self._encode(x, centred, given)
+        codes = self._encode(centred, given)
         code = one_behind_the_other(codes, self.d_sae)
         centred = centred.flatten(0, 1)
         W_dec, shadow = self.dictionary.W_dec, self.dictionary.dec_shadow
@@ -155,45 +148,20 @@ class StackedStep:
         )
         self._update_b_dec(residuals.sum(1) * (-2 * c) + from_encoders, scalars)
 
-    def _encode(
-        self, x: Tensor, centred: Tensor, given: tuple[StepValues, ...]
-    ) -> list[SparseCode]:
-        """Return each coder's code of x; centred (M, n, d_in) is x less each b_dec."""
-        if not self.encodes_at_once:
-            found = [c.encode_training(x, v) for c, v in zip(self.coders, given, strict=True)]
-        else:
-            weight = self.dictionary.enc_shadow
-            weight = self.dictionary.W_enc if weight is None else weight
-            bytes_each = len(x) * self.d_sae * weight.element_size()
-            at_once = max(1, BUFFER_BYTES // bytes_each)
-            found = []
-            for start in range(0, len(self.coders), at_once):
-                found += self._encode_at_once(centred, given, weight, start, start + at_once)
-        assert not any(isinstance(code, Tensor) for code in found), "a `backward` promises it"
-        return found  # pyright: ignore[reportReturnType]
-
-    def _encode_at_once(
-        self,
-        centred: Tensor,
-        given: tuple[StepValues, ...],
-        weight: Tensor,
-        start: int,
-        stop: int,
-    ) -> list[SparseCode | Tensor]:
-        """Return the codes of the coders in [start, stop) by one batched matmul."""
-        shape = len(self.coders), self.d_sae
-        weights = weight.view(*shape, -1)[start:stop].transpose(1, 2)
-        biases = self.dictionary.b_enc.view(shape)[start:stop, None].to(weight.dtype)
-        pre_acts = torch.baddbmm(biases, centred[start:stop].to(weight.dtype), weights)
+    def _encode(self, centred: Tensor, given: Sequence[StepValues]) -> list[SparseCode]:
+        """Return each coder's code of its inputs, centred (M, n, d_in)."""
+        shadow, shape = self.dictionary.enc_shadow, (len(self.coders), self.d_sae)
+        weights = (self.dictionary.W_enc if shadow is None else shadow).view(*shape, -1)
+        biases = self.dictionary.b_enc.view(shape)[:, None].to(weights.dtype)
+        bytes_each = centred.shape[1] * self.d_sae * weights.element_size()
+        at_once = max(1, BUFFER_BYTES // bytes_each)
         found = []
-        for rows, coder, value in zip(
-            pre_acts, self.coders[start:stop], given[start:stop], strict=True
-        ):
-            select = ACTIVATIONS[coder.cfg.activation].select
-            assert select is not None
-            code = select(coder, rows, value, False)
-            assert not isinstance(code, Tensor)
-            found.append(code._replace(values=code.values.float()))
+        for start in range(0, len(self.coders), at_once):
+            some = slice(start, start + at_once)
+            pre_acts = torch.baddbmm(
+                biases[some], centred[some].to(weights.dtype), weights[some].transpose(1, 2)
+            )
+            found += map(selected, self.coders[some], pre_acts, given[some])
         return found
 
     def _auxk_and_counts(
@@ -262,6 +230,15 @@ class DeadLists:
                 for padded, one in zip(self._lists, listed, strict=True):
                     padded[: one.numel()] = one
         return self._lists
+
+
+def selected(coder: SparseCoder, pre_acts: Tensor, values: StepValues) -> SparseCode:
+    """Return the code that a coder selects from its pre-activations (n, F)."""
+    select = ACTIVATIONS[coder.cfg.activation].select
+    assert select is not None
+    code = select(coder, pre_acts, values, False)
+    assert not isinstance(code, Tensor), "an activation with a `backward` promises it"
+    return code._replace(values=code.values.float())
 
 
 def one_behind_the_other(codes: Sequence[SparseCode], d_sae: int) -> SparseCode:

@@ -367,6 +367,20 @@ def test_another_fleet_is_not_continued(tiny_config: Path):
         run(configured(tiny_config, "--fleet.k", "2,8", "--train.resume", "auto"))
 
 
+def test_a_fleet_that_failed_before_its_first_checkpoint_leaves_the_folder_free(tiny_config: Path):
+    with pytest.raises(ValueError, match="too few"):
+        run(configured(tiny_config, "--fleet.k", "2,4", "--stream.buffer_tokens", "100000"))
+    assert (tiny_config.parent / "run/k2/config.yaml").exists()
+    folder = run(configured(tiny_config, "--fleet.k", "2,8"))
+    assert (folder / "k8/final").exists()
+
+
+def test_a_member_that_diverges_is_named(tiny_config: Path):
+    flags = ["--fleet.lr", "1e-3,1e30", "--train.step", "autograd"]
+    with pytest.raises(ValueError, match=r"in member `lr1e.30` of the fleet, the loss on"):
+        run(configured(tiny_config, *flags))
+
+
 def test_a_damaged_member_is_named(tiny_config: Path):
     folder = run(configured(tiny_config, "--fleet.k", "2,4"))
     older, newest = sorted((folder / "checkpoints").glob("step_*"))

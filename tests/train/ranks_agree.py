@@ -33,8 +33,8 @@ def main() -> None:
         assert torch.equal(mine, first), name
     if sum(n_resampled):
         sys.stdout.write(f"resampled {n_resampled}\n")
-    leave_group()
 
 
 if __name__ == "__main__":
     main()
+    leave_group()  # once nothing holds on to it

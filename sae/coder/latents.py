@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_kernels import Ragged
 
@@ -32,6 +34,13 @@ class Latents(NamedTuple):
 SparseCode = Latents | Ragged
 # A number gathered costs about this many numbers multiplied.
 DENSE_FROM = 100
+
+
+def joined(codes: Sequence[Latents]) -> Latents:
+    """Return codes of n_i tokens below each other, (Σ n_i, largest k)."""
+    k = max(code.values.shape[1] for code in codes)
+    padded = [[pad(part, (0, k - part.shape[1])) for part in code] for code in codes]
+    return Latents(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
 
 
 def to_dense(code: SparseCode | Tensor, d_sae: int) -> Tensor:

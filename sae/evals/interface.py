@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as record_field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sae.coder.latents import Latents
-from sae.stream.contexts import Contexts
+from sae.stream.contexts import CapturedContexts, Contexts
 
 if TYPE_CHECKING:
     from sae.evals.evaluable import Evaluable
@@ -33,6 +34,7 @@ class Undefined:
 
 
 Value: TypeAlias = float | Undefined
+Reads: TypeAlias = Literal["activations", "contexts", "model", "world", "weights"]
 Unit: TypeAlias = Literal["number", "share", "nats", "latents"]
 
 
@@ -52,6 +54,7 @@ class EvalSetup:
         seed: of everything random inside the eval, such as its bootstrap.
         n_resamples: bootstrap draws behind an interval.
         truth: of the world that the rows are of, for evals that read it.
+        coder: what is evaluated, for evals that read its weights.
     """
 
     d_in: int
@@ -59,6 +62,7 @@ class EvalSetup:
     seed: int = 0
     n_resamples: int = 1000
     truth: Truth | None = None
+    coder: Evaluable | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ class EvalBatch:
     latents: Latents
     tokens: Tensor
     document_ids: Tensor
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """Whole contexts with the code of their tokens, for evals in which order or text counts.
+
+    Attributes:
+        contexts: b contexts of t tokens, the masked ones too; activations (b, t, Σ widths).
+        latents: (n, k) each, of the tokens that are not masked, row after row.
+        kept: (n) int64, where those tokens lie in the flattened (b · t).
+        lm: whose tokenizer reads the tokens; None where no language model gave the activations.
+    """
+
+    contexts: CapturedContexts
+    latents: Latents
+    kept: Tensor
+    lm: LanguageModel | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,7 @@ class Seen:
 
 
 class Accumulator(Protocol):
-    """An eval in progress. `update` takes an EvalBatch or a ModelBatch, as its row says."""
+    """An eval in progress. `update` takes the kind of batch that its row says."""
 
     seen: Seen
 
@@ -137,7 +158,10 @@ class Accumulator(Protocol):
         ...
 
     def arrays(self) -> Mapping[str, Tensor]:
-        """Return results that are no single numbers, by a name of their own."""
+        """Return results that are no single numbers, by a name of their own.
+
+        `latents/NAME` is a score of every latent, (d_sae), NaN where it has none.
+        """
         ...
 
 
@@ -147,11 +171,18 @@ class EvalRow:
 
     Attributes:
         make: starts an accumulator.
-        reads: what its `update` takes: "activations" an EvalBatch, "model" a ModelBatch, "world" a
-            TruthBatch.
+        reads: what its `update` takes: "activations" an EvalBatch, "contexts" a ContextBatch,
+            "model" a ModelBatch, "world" a TruthBatch; "weights" is never updated and reads
+            `EvalSetup.coder`.
         labels: words and unit for each of its metrics, in the order of the printed table.
+        cost: "fast" for those that `--evals fast` runs.
+        cannot_see: defects that leave its metrics unmoved, in a few words each.
+        latent_labels: words and unit for each of its scores by latent.
     """
 
     make: Callable[[EvalSetup], Accumulator]
-    reads: Literal["activations", "model", "world"]
+    reads: Reads
     labels: Mapping[str, Label]
+    cost: Literal["fast", "full"] = "fast"
+    cannot_see: tuple[str, ...] = ()
+    latent_labels: Mapping[str, Label] = record_field(default_factory=dict)

@@ -22,6 +22,7 @@ from sae.worlds.seeds import evaluation_generator
 if TYPE_CHECKING:
     from sae.worlds.world import World
 
+NEEDS_TEXT = ("contexts", "model")
 BLOCK_ROWS = 1024
 FREQUENCY_ROWS = 16_384
 
@@ -55,7 +56,8 @@ def evaluate_on_world(
         raise ValueError(f"`n_rows` must be at least 1; got {n_rows}. Give some ten thousand.")
     ready = Evaluable(coder, world.d_in, "the world")
     truth = truth_of(ready, world, pairs)
-    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth)
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready)
+    on_weights = start_evals(names, "weights", setup)
     evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
     walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
     generator = evaluation_generator(seed, world.directions.device)
@@ -65,7 +67,7 @@ def evaluate_on_world(
             sample = world.sample(n, generator)
         walk.add(sample.x, sample.codes, start)
         tell("rows", start + n, n_rows)
-    return results_of(evals, walk.clock, _origin(walk, world, setup))
+    return results_of(on_weights | evals, walk.clock, _origin(walk, world, setup))
 
 
 def truth_of(coder: Evaluable, world: World, pairs: Tensor | None = None) -> Truth:
@@ -129,12 +131,12 @@ class _Walk:
 
 def _wanted_names(names: Iterable[str] | None) -> tuple[EvalName, ...]:
     if names is None:
-        return tuple(name for name, row in EVALS.items() if row.reads != "model")
+        return tuple(name for name, row in EVALS.items() if row.reads not in NEEDS_TEXT)
     wanted = checked_names(names)
     for name in wanted:
-        if EVALS[name].reads == "model":
+        if EVALS[name].reads in NEEDS_TEXT:
             raise ValueError(
-                f"the eval {name!r} runs a language model; a world has none. Leave it out."
+                f"the eval {name!r} reads a language model's text; a world has none. Leave it out."
             )
     return wanted
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sae.coder.latents import Latents, joined
 from sae.config import EvalName
 from sae.evals.evaluable import Evaluable
 from sae.evals.inputs import Capture, ContextQueue, Where, limited
-from sae.evals.interface import Accumulator, EvalBatch, EvalSetup, ModelBatch, Seen
+from sae.evals.interface import Accumulator, ContextBatch, EvalBatch, EvalSetup, ModelBatch, Seen
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, checked_names
 from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
@@ -30,6 +31,7 @@ from sae.stream.source import require_finite
 if TYPE_CHECKING:
     from sae.stream.language_model import LanguageModel
 
+ALL_BUT_WORLD = ("weights", "activations", "contexts", "model")
 Tell = Callable[[str, int, int | None], None]
 Evals = dict[EvalName, Accumulator]
 
@@ -75,20 +77,23 @@ def evaluate(
     contexts, first = _peek(contexts)
     capture = Capture(lm, hookpoint, first, max_norm, target=target, other=other)
     ready = Evaluable(coder, capture.width, capture.place)
-    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples)
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, coder=ready)
+    on_weights = start_evals(names, "weights", setup)
     on_activations = start_evals(names, "activations", setup)
+    on_contexts = start_evals(names, "contexts", setup)
     on_model = start_evals(names, "model", setup)
     clock = Clock()
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
     queue = ContextQueue(n_model_tokens)
     shared = Shared(ready.d_out)
-    wanted = tokens if on_activations else n_model_tokens
+    wanted = tokens if on_activations or on_contexts else n_model_tokens
     for batch in limited(contexts, wanted):
         queue.add(batch)
         with clock.timed("capture"):
             captured = capture(batch)
-        _update(shared, on_activations, captured, ready, capture.place, clock)
+        latents = _update(shared, on_activations, captured, ready, capture.place, clock)
+        _update_on_contexts(on_contexts, captured, latents, lm, clock)
         tell("activations", shared.seen.n_tokens, wanted)
     shared.require_tokens()
 
@@ -98,7 +103,7 @@ def evaluate(
         _run_model_evals(on_model, make_batch, queue, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)
-    return results_of(on_activations | on_model, clock, origin)
+    return results_of(on_weights | on_activations | on_contexts | on_model, clock, origin)
 
 
 class Clock:
@@ -169,8 +174,8 @@ def _update(
     coder: Evaluable,
     place: str,
     clock: Clock,
-) -> None:
-    """Encode a batch's unmasked tokens once, in chunks, and feed them to every eval."""
+) -> Latents:
+    """Encode a batch's unmasked tokens once, in chunks, feed every eval, return the code."""
     x = captured.activations
     is_kept = captured.is_kept.to(x.device)
     tokens, document_ids = (
@@ -178,6 +183,7 @@ def _update(
     )
     x = x[is_kept] if x.dtype == torch.float64 else x[is_kept].float()
     require_finite(x, place, "of an evaluated batch")
+    codes = [Latents(x.new_zeros(0, 1), tokens.new_zeros(0, 1))]
     for rows in coder.chunks(len(x)):
         with clock.timed("coder"):
             latents, x_hat = coder.encode_decode(x[rows])
@@ -187,6 +193,21 @@ def _update(
         for name, accumulator in evals.items():
             with clock.timed(name):
                 accumulator.update(batch)
+        codes.append(latents)
+    return joined(codes)
+
+
+def _update_on_contexts(
+    evals: Evals,
+    captured: CapturedContexts,
+    latents: Latents,
+    lm: LanguageModel | None,
+    clock: Clock,
+) -> None:
+    kept = captured.is_kept.flatten().nonzero()[:, 0].to(latents.indices.device)
+    for name, accumulator in evals.items():
+        with clock.timed(name):
+            accumulator.update(ContextBatch(captured, latents, kept, lm))
 
 
 def _run_model_evals(
@@ -243,7 +264,7 @@ def _origin(
 
 def _wanted_names(names: Iterable[str] | None, lm: object) -> tuple[EvalName, ...]:
     if names is None:
-        readable = ("activations",) if lm is None else ("activations", "model")
+        readable = ("weights", "activations") if lm is None else ALL_BUT_WORLD
         return tuple(name for name, row in EVALS.items() if row.reads in readable)
     wanted = checked_names(names)
     for name in wanted:

@@ -12,13 +12,16 @@ from sae.coder import SparseCoder, with_layer_norm
 from sae.config import CoderConfig
 from sae.evals import (
     EVALS,
+    EvalRow,
     activation_contexts,
+    evaluable,
     evaluate,
     read_results,
     table_rows,
     write_results,
 )
 from sae.evals.inputs import limited, rows_of
+from sae.evals.interface import Seen
 from sae.stream.hookpoints import capture
 
 D = 32
@@ -252,3 +255,48 @@ def test_every_metric_is_in_the_table_in_units_for_people(results):
 def test_every_eval_labels_every_metric(name, results):
     own = {metric for metric in results.evals[name].metrics if "/" not in metric}
     assert own == set(EVALS[name].labels)
+
+
+class Keeper:
+    """An eval that keeps what it is given."""
+
+    def __init__(self, setup):
+        self.setup, self.seen, self.batches = setup, Seen(), []
+
+    def update(self, batch):
+        self.batches.append(batch)
+
+    def compute(self):
+        return {"kept_batches": len(self.batches)}
+
+    def arrays(self):
+        return {}
+
+
+def test_contexts_come_whole_with_the_code_of_their_tokens(
+    monkeypatch, coder, lm, hookpoint, contexts
+):
+    made = []
+
+    def make(setup):
+        made.append(Keeper(setup))
+        return made[-1]
+
+    monkeypatch.setitem(EVALS, "sparsity", EvalRow(make, "contexts", {}))
+    monkeypatch.setattr(evaluable, "DENSE_ELEMENTS", 64 * 16)  # 16 tokens a chunk
+    found = evaluate(coder, [contexts], lm=lm, hookpoint=hookpoint, names=["sparsity"])
+    (batch,) = made[0].batches
+    flat = batch.contexts.activations.flatten(0, 1)
+    assert found.metrics["kept_batches"] == 1
+    assert torch.equal(batch.kept, batch.contexts.is_kept.flatten().nonzero()[:, 0])
+    assert len(batch.kept) > 32
+    expected = coder.encode(flat[batch.kept].float())
+    torch.testing.assert_close(batch.latents.to_dense(64), expected)
+    assert batch.lm is lm
+    assert made[0].setup.coder.coder is coder
+
+
+def test_evals_of_weights_need_no_batch(monkeypatch, coder):
+    monkeypatch.setitem(EVALS, "sparsity", EvalRow(Keeper, "weights", {}))
+    found = evaluate(coder, activation_contexts([gaussian()]), n_resamples=9)
+    assert found.metrics["kept_batches"] == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_kernels.launching import HAS_TRITON
 
 HALF = (torch.float16, torch.bfloat16)
+ROUNDINGS = 8
 
 
 class Case(NamedTuple):
@@ -109,7 +110,11 @@ def outputs_and_gradients(op: Op, inputs: Sequence[Tensor], seed: int = 1) -> li
 
 
 def assert_obeys_law(fast: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    """Each error against float64 is at most twice the same-dtype eager error plus a tiny floor."""
+    """Each error against float64 is at most twice the same-dtype eager error plus a tiny floor.
+
+    The floor is one rounding of the largest number; in float32 and float64 a few, as there eager is
+    exact on some machines by its order of summation, and another order, as good, is not.
+    """
     assert len(fast) == len(eager) == len(exact)
     for ours, plain, truth in zip(fast, eager, exact, strict=True):
         assert ours.dtype == plain.dtype
@@ -117,6 +122,7 @@ def assert_obeys_law(fast: list[Tensor], eager: list[Tensor], exact: list[Tensor
         if not truth.numel():
             continue
         scale = truth.abs().max().item()
-        floor = torch.finfo(plain.dtype).eps * scale + 1e-12
+        roundings = 1 if plain.dtype in HALF else ROUNDINGS
+        floor = roundings * torch.finfo(plain.dtype).eps * scale + 1e-12
         allowed = 2 * (plain.double() - truth).abs().max().item() + floor
         assert (ours.double() - truth).abs().max().item() <= allowed

@@ -78,6 +78,10 @@ class ModelConfig:
     """A second model that reads the same tokens, at the same hookpoints, for comparing the two; it
     must have the same tokenizer."""
 
+    reinitialised: int | None = None
+    """Seed of weights drawn anew, as before the model's own training: a null model, whose
+    dictionary a trained one must beat. None keeps the weights."""
+
     dtype: DtypeName = "auto"
     """Precision of the model's weights; auto: bfloat16 where the device multiplies it natively,
     else float32."""
@@ -763,6 +767,14 @@ class TrainConfig:
     """Precision of the coder's matmuls; weights stay float32; auto: bf16 on GPUs that have it.
     The fused step on a CPU scores latents in bf16 and computes the strongest again in float32."""
 
+    freeze_decoder: bool = False
+    """Leave the decoder at the random directions that it starts from: a null dictionary, which only
+    learns to read."""
+
+    shuffle_dimensions: bool = False
+    """Permute each dimension of the activations by itself, over a step's tokens: a null in which
+    dimensions keep their values and lose all that they have in common."""
+
     dead_after_tokens: int | None = None
     """A latent is dead once it has not fired in this many tokens; None: the smaller of 10 million
     and a tenth of `train.tokens`."""
@@ -886,6 +898,13 @@ class TrainConfig:
             "must be given where the reconstruction, which it is balanced with, has no weight",
             self.model_loss_weight,
             "Use 1.",
+        )
+        _require(
+            not (self.freeze_decoder and (self.step == "fused" or self.resample_every_tokens)),
+            "train.freeze_decoder",
+            "must be off where the decoder is written by `train.step: fused` or resampling",
+            self.freeze_decoder,
+            "Use `train.step: autograd`, and no `train.resample_every_tokens`.",
         )
         shares = (self.warmup_fraction, self.decay_fraction)
         _require(
@@ -1023,6 +1042,13 @@ class Config:
             "decoder",
             self.stream.normalisation,
             "Use mean_norm.",
+        )
+        _require(
+            not self.train.freeze_decoder or self.coder.activation != "matching_pursuit",
+            "train.freeze_decoder",
+            "must be off for matching_pursuit, whose decoder is its encoder",
+            self.train.freeze_decoder,
+            "Leave it out or choose another `coder.activation`.",
         )
         _require_schedules_fit(self)
         _require_site_fits(self)

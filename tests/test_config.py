@@ -84,6 +84,21 @@ def test_yaml_round_trip():
         ({"coder.prefixes": [8], "coder.random_prefixes": 3}, ValueError, "Give one of the two"),
         ({"coder.detach_prefixes": True}, ValueError, "`coder.detach_prefixes` needs prefixes"),
         (
+            {"train.freeze_decoder": True, "train.step": "fused"},
+            ValueError,
+            "`train.freeze_decoder` must be off",
+        ),
+        (
+            {"train.freeze_decoder": True, "train.resample_every_tokens": 1000},
+            ValueError,
+            "`train.freeze_decoder` must be off",
+        ),
+        (
+            {"train.freeze_decoder": True, "coder.activation": "matching_pursuit"},
+            ValueError,
+            "`train.freeze_decoder` must be off",
+        ),
+        (
             {"coder.activation": "relu", "coder.target_l0": 65.0, "coder.d_sae": 64},
             ValueError,
             r"got target_l0=65.0, d_sae=64. Lower `coder.target_l0`",

@@ -73,7 +73,10 @@ def load_language_model(cfg: ModelConfig, device: torch.device | str) -> Languag
     revision = cfg.revision if is_on_hub else None
     with quiet_transformers(show_progress=is_on_hub), _clear_errors(cfg.name):
         tokenizer = _load_tokenizer(place, revision)
-        module = _load_module(place, revision, dtype)
+        if cfg.reinitialised is None:
+            module = _load_module(place, revision, dtype)
+        else:
+            module = _drawn_anew(place, revision, cfg.reinitialised).to(dtype)
     module = module.to(device).eval().requires_grad_(False)
     return LanguageModel(module, tokenizer, cfg.name)
 
@@ -188,6 +191,16 @@ def _load_module(place: Path | str, revision: str | None, dtype: torch.dtype) ->
             stacklevel=4,
         )
     return module
+
+
+def _drawn_anew(place: Path | str, revision: str | None, seed: int) -> nn.Module:
+    """Return the model with the weights that it has before training, drawn in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 @contextmanager

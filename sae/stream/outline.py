@@ -23,7 +23,7 @@ from sae.stream.language_model import load_outline
 def others(cfg: ModelConfig) -> ModelConfig:
     """Return the configuration of the second model alone."""
     assert cfg.other is not None
-    return replace(cfg, name=cfg.other, revision=None, other=None)
+    return replace(cfg, name=cfg.other, revision=None, other=None, reinitialised=None)
 
 
 def require_places(cfg: Config) -> None:

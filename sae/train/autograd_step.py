@@ -61,6 +61,7 @@ class AutogradStep:
 
     def __init__(self, cfg: Config, state: TrainState, accelerator: Accelerator):
         self.cfg, self.state, self.accelerator = cfg, state, accelerator
+        state.coder.W_dec.requires_grad_(not cfg.train.freeze_decoder)
         self.module = accelerator.prepare_model(
             TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
         )
@@ -77,7 +78,8 @@ class AutogradStep:
             nn.utils.clip_grad_norm_(coder.parameters(), self.cfg.train.grad_clip_norm)
         self.state.optimiser.step_(coder, lr, self.state.step + 1)
         coder.zero_grad(set_to_none=True)
-        normalise_decoder_(coder)
+        if not self.cfg.train.freeze_decoder:
+            normalise_decoder_(coder)
 
     def _of_model(self, values: StepValues) -> tuple[Tensor, Tensor] | None:
         """Add the gradients of the model's loss, and return it with its weight and without; None

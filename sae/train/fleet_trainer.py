@@ -22,6 +22,7 @@ from sae.train.fleet_members import Member
 from sae.train.fleet_stream import FleetStream
 from sae.train.fleet_summary import write_summary
 from sae.train.interrupt import Interrupt
+from sae.train.null_inputs import CALIBRATION, as_trained_on
 from sae.train.progress import TrainProgress
 from sae.train.schedule import n_steps
 from sae.train.side_by_side import SideBySide
@@ -129,7 +130,9 @@ def make_trainees(
         share = stream.share(place)
         if place not in calibrations:
             sample = share.calibration_sample().to(accelerator.device)
-            calibrations[place] = calibrate(sample, member.cfg, Sites(share.widths))
+            cfg = member.cfg
+            sample = as_trained_on(sample, cfg.train, cfg.run.seed, CALIBRATION)
+            calibrations[place] = calibrate(sample, cfg, Sites(share.widths))
         state = make_state(member.cfg, share, accelerator, calibrations[place])
         trainees.append(Trainee(member.name, member.cfg, state, place))
     return trainees
@@ -140,13 +143,16 @@ def next_batches(
 ) -> Mapping[int, list[Tensor]]:
     """Return the micro-batches of one step by hookpoint, in training units, on the device."""
     train, step = trainees[0].cfg.train, trainees[0].state.step
+    seed = trainees[0].cfg.run.seed  # one for all members, who share the rows
     n_micro = train.grad_accumulation_steps
     normalisers = {t.place: t.state.calibration.normaliser for t in trainees}
     batches: dict[int, list[Tensor]] = {place: [] for place in normalisers}
     for _ in range(n_micro):
         rows = stream.next_rows(train.batch_tokens // n_micro, step)
         for place, normaliser in normalisers.items():
-            batches[place].append(normaliser.apply(rows[place].detach().to(accelerator.device)))
+            x = rows[place].detach().to(accelerator.device)
+            x = as_trained_on(x, train, seed, step)
+            batches[place].append(normaliser.apply(x))
     return batches
 
 

@@ -88,6 +88,8 @@ def _obstacle(cfg: Config) -> str | None:
         return f"`train.optimizer: {cfg.train.optimizer}`"
     if ACTIVATIONS[cfg.coder.activation].backward is None:
         return f"`coder.activation: {cfg.coder.activation}`"
+    if cfg.train.freeze_decoder:
+        return "`train.freeze_decoder`"
     if cfg.train.model_loss != "none":
         return f"`train.model_loss: {cfg.train.model_loss}`"
     if cfg.coder.site in ("transcoder", "cross_layer"):

@@ -33,6 +33,7 @@ from sae.train.interrupt import Interrupt, Interrupted
 from sae.train.latent_rows import is_sorting_due, sort_latents_
 from sae.train.metrics import MetricSums
 from sae.train.model_loss import ModelLoss
+from sae.train.null_inputs import CALIBRATION, as_trained_on
 from sae.train.optimisers import OPTIMISERS
 from sae.train.progress import ShowsRows, TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
@@ -117,6 +118,7 @@ def make_state(
     """
     device = accelerator.device
     sample = source.calibration_sample().to(device)
+    sample = as_trained_on(sample, cfg.train, cfg.run.seed, CALIBRATION)
     sites = Sites.of(cfg.coder, source.widths)
     calibration = calibration or calibrate(sample, cfg, sites)
     metadata = {**source.metadata(), **place_names(source, sites, cfg)}
@@ -264,16 +266,18 @@ def _inputs(cfg: Config, state: TrainState, accelerator: Accelerator) -> Iterato
     n_micro = cfg.train.grad_accumulation_steps
     n_tokens = cfg.train.batch_tokens // accelerator.num_processes // n_micro
     for _ in range(n_micro):
-        yield _next_input(state, n_tokens, accelerator)
+        x = _next_input(state, n_tokens, accelerator)
+        x = as_trained_on(x, cfg.train, cfg.run.seed, state.step)
+        yield state.calibration.normaliser.apply(x)
 
 
 def _next_input(state: TrainState, n: int, accelerator: Accelerator) -> Tensor:
-    """Return this process's next n rows in training units, float32, on the device."""
+    """Return this process's next n rows in raw units, on the device."""
     try:
         x = state.source.next_batch(n)
     except NonFiniteActivationsError as error:
         raise NonFiniteActivationsError(f"at step {state.step}: {error}") from error
-    return state.calibration.normaliser.apply(x.detach().to(accelerator.device))
+    return x.detach().to(accelerator.device)
 
 
 def stop_signal(interrupt: Interrupt, accelerator: Accelerator, is_log_due: bool) -> int:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.coder import SparseCoder, save_dictionary
+from sae.coder import save_dictionary
 from sae.coder.sites import Sites
-from sae.config import CoderConfig
 from sae.configuration import from_command_line, from_flat
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
 from sae.evals.on_world import frequent_features
@@ -234,20 +233,10 @@ def _true_dictionary(task: Task) -> TrueDictionary:
 
 
 def _frozen_decoder(task: Task) -> Trained:
-    """Train TopK's encoder and biases, by autograd, under random unit rows that stay."""
-    timed = TimedWorld(task.world)
-    cfg = CoderConfig(d_sae=task.base["coder.d_sae"], k=task.base["coder.k"])
-    coder = SparseCoder.create(task.world.d_in, cfg, seed=task.seed, metadata={})
-    learned = [coder.W_enc, coder.b_enc, coder.b_dec]
-    coder.W_dec.requires_grad_(False)
-    optimizer = torch.optim.Adam(learned, lr=task.base["train.lr"])
-    start = time.perf_counter()
-    rows = timed.batches(task.batch, seed=task.seed)
-    for _ in range(task.samples // task.batch):
-        x = next(rows)
-        loss = (coder.decode(coder.encode_training(x)) - x).pow(2).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    seconds = time.perf_counter() - start
-    return Trained(coder, seconds - timed.seconds, timed.seconds)
+    """Train TopK with Adam under random unit rows that stay."""
+    null = {
+        "train.freeze_decoder": True,
+        "train.optimizer": "adam",
+        "train.lr": task.base["train.lr"],
+    }
+    return _ours(RECIPES["topk"], replace(task, given={**task.given, **null}))

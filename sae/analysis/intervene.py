@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae.analysis.vocabulary import token_texts
+from sae.stream.vocabulary import token_texts
 from sae.coder.latents import Latents
 from sae.stream import hookpoints
 from sae.stream.hookpoints import Hookpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sae.analysis import OpenedRun
-from sae.analysis.vocabulary import join_texts, piece_bytes, token_texts, visible
+from sae.stream.vocabulary import join_texts, piece_bytes, token_texts, visible
 
 TEXTS = ["the of and", " two  spaces\n\tand a tab", "naïve 🙂🙃 日本 </script>", "e\u0301 & <b>"]
 

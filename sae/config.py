@@ -21,7 +21,8 @@ BosName = Literal["document", "context", "none"]
 ContentName = Literal["text", "chat", "tokens"]
 ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth"]
+EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth", "autointerp"]
+JudgeName = Literal["rules"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 ModelLossName = Literal["none", "kl", "ce"]
@@ -929,6 +930,22 @@ class EvalConfig:
 
     downstream_tokens: int = 16_384
     """Held-out tokens for the language model's loss with the dictionary spliced in."""
+
+    judge: JudgeName = "rules"
+    """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline."""
+
+    judge_latents: int = 128
+    """Latents that the judge is asked about, drawn uniformly from all."""
+
+    judge_examples: int = 20
+    """Texts of each kind that the judge is shown, and asked about, for a latent; at least 4."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("judge_latents", 1), ("judge_examples", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"`eval.{name}` must be at least {least}; got {getattr(self, name)}. Raise it."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from sae.analysis.features import Encodes, Features, collect_features
 from sae.analysis.logit_effects import LogitEffects, find_readout, logit_effects
 from sae.analysis.neighbours import Neighbours, nearest_latents
 from sae.analysis.strongest import NO_TOKEN
-from sae.stream.vocabulary import join_texts, token_texts, visible
 from sae.files import read_json, write_json, write_tensors
 from sae.stream.contexts import CapturedContexts
 from sae.stream.language_model import LanguageModel
+from sae.stream.vocabulary import join_texts, token_texts, visible
 
 TENSORS_FILE = "features.safetensors"
 TEXTS_FILE = "features.json"

@@ -24,11 +24,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae.stream.vocabulary import token_texts
 from sae.coder.latents import Latents
 from sae.stream import hookpoints
 from sae.stream.hookpoints import Hookpoint
 from sae.stream.language_model import LanguageModel
+from sae.stream.vocabulary import token_texts
 
 CodeEdit = Callable[[Latents], Latents]
 

@@ -39,6 +39,7 @@ def evaluate_held_out(coder: Any, cfg: Config, tell: Tell = lambda *_: None) -> 
         downstream_tokens=cfg.eval.downstream_tokens,
         max_norm=coder.metadata.get("max_norm"),
         seed=cfg.run.seed,
+        settings=cfg.eval,
         tell=tell,
     )
 

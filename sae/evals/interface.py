@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as record_field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sae.coder.latents import Latents
+from sae.config import EvalConfig
 from sae.stream.contexts import CapturedContexts, Contexts
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class EvalSetup:
         n_resamples: bootstrap draws behind an interval.
         truth: of the world that the rows are of, for evals that read it.
         coder: what is evaluated, for evals that read its weights.
+        settings: what `eval` in the configuration says.
     """
 
     d_in: int
@@ -63,6 +65,7 @@ class EvalSetup:
     n_resamples: int = 1000
     truth: Truth | None = None
     coder: Evaluable | None = None
+    settings: EvalConfig = record_field(default_factory=EvalConfig)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,23 @@ class Accumulator(Protocol):
 
         `latents/NAME` is a score of every latent, (d_sae), NaN where it has none.
         """
+        ...
+
+
+class Explanation(NamedTuple):
+    """What is said of a latent in words, and by whom."""
+
+    latent: int
+    text: str
+    by: str
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """An accumulator that has words for latents, beside its numbers."""
+
+    def explanations(self) -> list[Explanation]:
+        """Return them, at most one a latent."""
         ...
 
 

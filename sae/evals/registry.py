@@ -9,12 +9,21 @@ from typing import cast
 from sae.config import EvalName
 from sae.evals import downstream, ground_truth, reconstruction, sparsity
 from sae.evals.interface import EvalRow
+from sae.evals.judging import autointerp
 
 EVALS: dict[EvalName, EvalRow] = {
     "reconstruction": EvalRow(reconstruction.Reconstruction, "activations", reconstruction.LABELS),
     "sparsity": EvalRow(sparsity.Sparsity, "activations", sparsity.LABELS),
     "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS),
     "ground_truth": EvalRow(ground_truth.GroundTruth, "world", ground_truth.LABELS),
+    "autointerp": EvalRow(
+        autointerp.Autointerp,
+        "contexts",
+        autointerp.LABELS,
+        "full",
+        autointerp.CANNOT_SEE,
+        autointerp.LATENT_LABELS,
+    ),
 }
 
 

@@ -7,6 +7,7 @@
     evals        {eval: {n_tokens, n_documents, seconds, metrics: [name, …]}}; n_tokens are those
                  that count in it, so those of `downstream` are positions with a target
     provenance   coder's metadata, d_in, d_sae, measured l0, model, hookpoint, seed, versions, …
+    explanations {eval: [[latent, words, who gave them], …]}, of evals that have any
     arrays       name of the file beside it with what is no single number, or null
 `results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`.
 NaN and infinity are in neither.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.config import EvalName
-from sae.evals.interface import Label, Undefined, Unit, Value
+from sae.evals.interface import Explanation, Label, Undefined, Unit, Value
 from sae.evals.registry import EVALS
 from sae.files import read_json, write_json, write_tensors
 
@@ -52,6 +53,7 @@ class EvalResults:
     evals: Mapping[EvalName, EvalRecord]
     provenance: Mapping[str, Any]
     arrays: Mapping[str, Tensor]
+    explanations: Mapping[EvalName, list[Explanation]] = field(default_factory=dict)
 
 
 def collect(
@@ -59,6 +61,7 @@ def collect(
     metrics: Mapping[EvalName, Mapping[str, Value]],
     arrays: Mapping[EvalName, Mapping[str, Tensor]],
     provenance: Mapping[str, Any],
+    explanations: Mapping[EvalName, list[Explanation]] | None = None,
 ) -> EvalResults:
     """Join the evals' answers into one flat record.
 
@@ -75,7 +78,8 @@ def collect(
             if reason is not None:
                 undefined[name] = reason
     named = {f"{e}/{name}": array for e, group in arrays.items() for name, array in group.items()}
-    return EvalResults(flat, undefined, records, provenance, named)
+    words = dict(explanations or {})
+    return EvalResults(flat, undefined, records, provenance, named, words)
 
 
 def _number_or_reason(value: Value) -> tuple[float | None, str | None]:
@@ -103,6 +107,7 @@ def write_results(results: EvalResults, path: str | Path) -> None:
             "undefined": dict(results.undefined),
             "evals": {name: asdict(record) for name, record in results.evals.items()},
             "provenance": dict(results.provenance),
+            "explanations": {name: list(found) for name, found in results.explanations.items()},
             "arrays": beside.name if results.arrays else None,
         },
     )
@@ -125,8 +130,12 @@ def read_results(path: str | Path) -> EvalResults:
         for name, record in content["evals"].items()
     }
     arrays = load_file(path.with_name(content["arrays"])) if content["arrays"] else {}
+    words = {
+        name: [Explanation(*row) for row in rows]
+        for name, rows in content.get("explanations", {}).items()
+    }
     return EvalResults(
-        content["metrics"], content["undefined"], records, content["provenance"], arrays
+        content["metrics"], content["undefined"], records, content["provenance"], arrays, words
     )
 
 

@@ -18,10 +18,19 @@ import torch
 from torch import Tensor
 
 from sae.coder.latents import Latents, joined
-from sae.config import EvalName
+from sae.config import EvalConfig, EvalName
 from sae.evals.evaluable import Evaluable
 from sae.evals.inputs import Capture, ContextQueue, Where, limited
-from sae.evals.interface import Accumulator, ContextBatch, EvalBatch, EvalSetup, ModelBatch, Seen
+from sae.evals.interface import (
+    Accumulator,
+    ContextBatch,
+    EvalBatch,
+    EvalSetup,
+    Explains,
+    Explanation,
+    ModelBatch,
+    Seen,
+)
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, checked_names
 from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
@@ -51,6 +60,7 @@ def evaluate(
     max_norm: float | None = None,
     seed: int = 0,
     n_resamples: int = 1000,
+    settings: EvalConfig | None = None,
     tell: Tell = lambda *_: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `contexts`.
@@ -67,6 +77,7 @@ def evaluate(
         downstream_tokens: how many of these the evals that run the model use; None: all of them.
         max_norm: leave out tokens of larger activation norm, in raw units.
         seed, n_resamples: of the bootstrap.
+        settings: what evals ask beyond that, such as who judges; None: the defaults.
         tell: told (stage, unmasked tokens done, wanted or None) after every batch.
 
     Errors: ValueError for a wrong name and a coder whose width is not the hookpoint's (before the
@@ -77,7 +88,8 @@ def evaluate(
     contexts, first = _peek(contexts)
     capture = Capture(lm, hookpoint, first, max_norm, target=target, other=other)
     ready = Evaluable(coder, capture.width, capture.place)
-    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, coder=ready)
+    settings = settings or EvalConfig()
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, coder=ready, settings=settings)
     on_weights = start_evals(names, "weights", setup)
     on_activations = start_evals(names, "activations", setup)
     on_contexts = start_evals(names, "contexts", setup)
@@ -235,7 +247,10 @@ def results_of(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResult
         seen = accumulator.seen
         keys = tuple(metrics[name])
         records[name] = EvalRecord(seen.n_tokens, seen.n_documents, clock.seconds[name], keys)
-    return collect(records, metrics, arrays, origin)
+    words: dict[EvalName, list[Explanation]] = {
+        name: one.explanations() for name, one in evals.items() if isinstance(one, Explains)
+    }
+    return collect(records, metrics, arrays, origin, words)
 
 
 def _origin(

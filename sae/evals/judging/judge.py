@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 Confidence: TypeAlias = float | None
-"""How surely an explanation applies to an example, any scale; None where the answer is no answer."""
+"""How surely an explanation applies to an example, on any scale; None: no answer."""
 
 
 class Unreachable(RuntimeError):

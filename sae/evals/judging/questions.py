@@ -6,8 +6,8 @@ Of each latent: evidence from the documents of half 0; questions from those of h
     fuzzing     each of the n firing texts with the tokens on which it fires marked, against the
                 same text with as many others marked, at places drawn by the text's own number
 Nearest: by the cosine of their tokens' counts, weighted by log(texts / texts with the token).
-Source: Paulo et al. 2024 (arXiv 2410.13928, detection and fuzzing); theirs shows texts of one set of
-documents to both sides, ours never does.
+Source: Paulo et al. 2024 (arXiv 2410.13928, detection and fuzzing); our deviation: what explains
+and what is asked about never share a document.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Examiner:
         is_silent = ~self.pools[1].fires[:, slot]
         is_silent &= ~torch.isin(self.pools[1].documents, firing.documents)
         candidates = is_silent.nonzero()[:, 0]
-        near = _unit(self.bags[candidates] * self.rarity) @ _unit(
-            _bags(firing.tokens) * self.rarity
-        ).T
+        near = (
+            _unit(self.bags[candidates] * self.rarity) @ _unit(_bags(firing.tokens) * self.rarity).T
+        )
         hard = candidates[_one_each(near, n // 2)]
         rest = candidates[~torch.isin(candidates, hard)][: n - len(hard)]
         return Windows(*(part[torch.cat([hard, rest])] for part in self.pools[1]))

@@ -13,8 +13,8 @@ marked tokens the mean of theirs. Words that are no such rule get no answer.
 Deterministic, offline; a fraction of a second a latent.
 Source: ours; rules on tokens and their neighbours after Bills et al. 2023, "Language models can
 explain neurons in language models" (token look-up baseline).
-Cannot see: anything that takes understanding (topics, roles, sentiment, other languages' words for
-the same), so it sets a floor: a latent that it explains is simple, one that it does not may be fine.
+Cannot see: anything that takes understanding (topics, roles, sentiment), so it sets a floor: a
+latent that it explains is simple, one that it does not explain may be fine.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def parse_rules(explanation: str) -> dict[Rule, float]:
 
 def _score(rules: dict[Rule, float], example: Example) -> float:
     places = list(enumerate(_rules_by_token(example.tokens)))
-    shares = [max((rules.get(rule, 0.0) for rule in applying), default=0.0) for _, applying in places]
+    shares = [
+        max((rules.get(rule, 0.0) for rule in applying), default=0.0) for _, applying in places
+    ]
     if not example.marked:
         return max(shares, default=0.0)
     return sum(shares[place] for place in example.marked) / len(example.marked)

@@ -1,8 +1,8 @@
 """Which texts a judge will see of a few latents, chosen in one pass and in bounded memory.
 
 The one idea: every token has a pseudorandom number that depends on its context and its place alone.
-"The lowest numbers so far" is then a uniform sample that does not depend on batches, their order, or
-which process saw them, and two samples merge exactly.
+"The lowest numbers so far" is then a uniform sample that does not depend on batches, their order,
+or which process saw them, and two samples merge exactly.
 
 Documents fall into two halves by a hash of their id: an explanation is made from the one (half 0)
 and tested on the other (half 1). Of each latent and half are kept, one text a document,
@@ -174,9 +174,8 @@ class _View:
 
     def light(self, rows: Tensor, groups: Tensor, keys: Tensor) -> Windows:
         """Return records of kept tokens `rows` whose texts are not filled in yet."""
-        empty = Windows.empty()
-        return Windows(
-            groups, self.documents[rows], self.numbers[rows], keys, *empty[4:]
+        return Windows.empty()._replace(
+            groups=groups, documents=self.documents[rows], numbers=self.numbers[rows], keys=keys
         )
 
     def filled(self, light: Windows, rows: Tensor, chosen: Tensor) -> Windows:
@@ -190,8 +189,15 @@ class _View:
             values, slots = self._codes(flat[part], is_inside[part])
             mine = slots == wanted[part, None, None]
             activations[part] = values.where(mine, 0.0).sum(-1)
-        heads = (part[chosen] for part in light[:4])
-        return Windows(*heads, tokens, activations, torch.zeros(len(chosen), 0, dtype=torch.bool))
+        return light._replace(
+            groups=light.groups[chosen],
+            documents=light.documents[chosen],
+            numbers=light.numbers[chosen],
+            keys=light.keys[chosen],
+            tokens=tokens,
+            activations=activations,
+            fires=torch.zeros(len(chosen), 0, dtype=torch.bool),
+        )
 
     def fires_in(self, at: Tensor, n_latents: int) -> Tensor:
         """Return which latents fire in the windows around flat positions `at`, (r, n_latents)."""

@@ -21,7 +21,14 @@ BosName = Literal["document", "context", "none"]
 ContentName = Literal["text", "chat", "tokens"]
 ContextsName = Literal["packed", "document"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-EvalName = Literal["reconstruction", "sparsity", "downstream", "ground_truth", "autointerp"]
+EvalName = Literal[
+    "reconstruction",
+    "sparsity",
+    "geometry",
+    "downstream",
+    "ground_truth",
+    "autointerp",
+]
 JudgeName = Literal["rules"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]

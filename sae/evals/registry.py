@@ -7,13 +7,20 @@ from collections.abc import Iterable
 from typing import cast
 
 from sae.config import EvalName
-from sae.evals import downstream, ground_truth, reconstruction, sparsity
+from sae.evals import downstream, geometry, ground_truth, reconstruction, sparsity
 from sae.evals.interface import EvalRow
 from sae.evals.judging import autointerp
 
 EVALS: dict[EvalName, EvalRow] = {
     "reconstruction": EvalRow(reconstruction.Reconstruction, "activations", reconstruction.LABELS),
     "sparsity": EvalRow(sparsity.Sparsity, "activations", sparsity.LABELS),
+    "geometry": EvalRow(
+        geometry.Geometry,
+        "weights",
+        geometry.LABELS,
+        cannot_see=("the codes", "whether a direction is one of the data"),
+        latent_labels=geometry.LATENT_LABELS,
+    ),
     "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS),
     "ground_truth": EvalRow(ground_truth.GroundTruth, "world", ground_truth.LABELS),
     "autointerp": EvalRow(

@@ -156,7 +156,7 @@ def basis_alignment(rows: Tensor, seed: int) -> Value:
     unit = _unit(rows[at]).float()
     generator = torch.Generator().manual_seed(seed)
     rotated = torch.stack(
-        [_kurtosis(unit @ _rotation(d, generator).to(unit)) for _ in range(N_ROTATIONS)]
+        [_kurtosis(unit @ random_rotation(d, generator).to(unit)) for _ in range(N_ROTATIONS)]
     )
     return float((_kurtosis(unit) - rotated.mean()) / rotated.std())
 
@@ -166,7 +166,7 @@ def _kurtosis(rows: Tensor) -> Tensor:
     return (rows.shape[1] * rows.pow(4).sum(1) / rows.pow(2).sum(1).pow(2)).mean()
 
 
-def _rotation(d: int, generator: torch.Generator) -> Tensor:
+def random_rotation(d: int, generator: torch.Generator) -> Tensor:
     """Return a random orthogonal matrix (d, d), evenly distributed.
 
     Source: Mezzadri 2007, "How to generate random matrices from the classical compact groups":

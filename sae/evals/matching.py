@@ -18,7 +18,12 @@ def absolute_cosines(learned: Tensor, true: Tensor) -> Tensor:
 
 
 def assigned(scores: Tensor) -> Tensor:
-    """Return the scores of the one-to-one pairs with the largest sum, (min(m, n)).
+    """Return the scores of the one-to-one pairs with the largest sum, (min(m, n))."""
+    return scores[assignment(scores)]
+
+
+def assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the one-to-one pairs with the largest sum, (min(m, n)) each.
 
     Source: Kuhn 1955, "The Hungarian method for the assignment problem"; as the mean correlation
     coefficient of dictionaries in arXiv 2505.20254. Cost: O(min(m, n)² max(m, n)).
@@ -27,7 +32,7 @@ def assigned(scores: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-    return scores[torch.from_numpy(rows), torch.from_numpy(columns)]
+    return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sae.analysis import OpenedRun
+from sae.evals.results import read_results
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 expect = playwright_api.expect
@@ -75,6 +76,26 @@ def test_sort_orders_the_list(opened_page: Page, opened_run: OpenedRun):
     assert opened_page.rows()[:3] == [0, 1, 2]
     page.click("#direction")
     assert opened_page.rows()[:3] == [95, 94, 93]
+
+
+def test_scores_of_evals_order_the_list_and_stand_on_cards(opened_page: Page, reported_run: Path):
+    page, results = opened_page.page, read_results(reported_run / "results.json")
+    scores = results.arrays["autointerp/latents/detection_auroc"]
+    words = {e.latent: e for e in results.explanations["autointerp"]}
+    option = page.locator("#sort option", has_text="autointerp: explanation: texts, AUROC")
+    page.select_option("#sort", option.get_attribute("value"))
+    shown = [float(scores[latent]) for latent in opened_page.rows()]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == float(scores[~scores.isnan()].max())
+    best = opened_page.rows()[0]
+    page.click("#direction")
+    assert not any(scores[latent].isnan() for latent in opened_page.rows()[:3])
+    page.click("#direction")
+    page.click(f"#row-{best}")
+    card = page.inner_text("#card")
+    assert words[best].text in card
+    assert "by rules" in card
+    assert "explanation: texts, AUROC" in card
 
 
 def test_search_by_id_and_by_text(opened_page: Page, opened_run: OpenedRun):

@@ -34,7 +34,14 @@ def write_report(run_folder: str | Path, atlas: Atlas) -> Path:
         has_effects=atlas.effects is not None,
         style=Markup(_source("style.css")),
         script=Markup("\n".join(map(_source, SCRIPTS))),
-        data=Markup(pack_report(atlas, {"curves": summary.curves})),
+        sorts=summary.scores.sorts,
+        data=Markup(
+            pack_report(
+                atlas,
+                {"curves": summary.curves, **summary.scores.head},
+                summary.scores.arrays,
+            )
+        ),
     )
     path = run_folder / REPORT_FILE
     write_text(path, page)

@@ -66,7 +66,19 @@ function facts(data, latent) {
     fact("Fires on", percent(rateOf(data, latent)), `${group(data.counts[latent])} of ${group(data.n_tokens)} tokens`),
     fact("Max activation", number(data.maxima[latent])));
   if (data.scores) list.append(fact("Logit effect", data.scores[latent].toFixed(1), "sd above the mean token"));
+  for (const { key, label, unit } of data.measured) {
+    if (!Number.isNaN(data[key][latent])) list.append(fact(label, measuredText(data[key][latent], unit)));
+  }
   return list;
+}
+
+/** What was said of the latent in words, and by whom; null where nothing was. */
+function explanationBox(data, latent) {
+  const said = data.explanations[latent];
+  if (!said) return null;
+  const items = said.map(([text, by]) =>
+    el("p", { class: "explanation" }, text || "nothing found", el("small", {}, `by ${by}`)));
+  return el("section", { class: "explanations" }, el("h4", {}, "Explanation"), ...items);
 }
 
 function drawCard(card, data, latent, { onBack, onStep }) {
@@ -87,7 +99,8 @@ function drawCard(card, data, latent, { onBack, onStep }) {
   const main = el("div", { class: "card-main" }, el("h4", {}, "Strongest contexts"),
     contexts.length ? list : el("p", { class: "empty" }, `It never fired in these ${group(data.n_tokens)} tokens.`),
     nearestList(data, latent));
-  card.replaceChildren(head, facts(data, latent), el("div", { class: "card-body" }, main, side));
+  const explanation = explanationBox(data, latent);
+  card.replaceChildren(head, facts(data, latent), ...(explanation ? [explanation] : []), el("div", { class: "card-body" }, main, side));
   card.scrollTop = 0;
 }
 

@@ -183,6 +183,7 @@ function bindKeys({ list, open, back, settle, isNarrow }) {
 async function start() {
   bindTheme($("theme"));
   const data = await readData();
+  addMeasuredSorts(data);
   drawCurves(data);
   drawRates(data);
   bindLatents(data);

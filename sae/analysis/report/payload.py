@@ -34,12 +34,15 @@ _JS_TYPES = {
 }
 
 
-def pack_report(atlas: Atlas, page: Mapping[str, Any]) -> str:
-    """Return the text of the data script: the atlas' arrays, and `page` as it is in the head."""
+def pack_report(
+    atlas: Atlas, page: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None
+) -> str:
+    """Return the text of the data script: the atlas' arrays and `more`, and `page` in the head."""
     features = atlas.features
     m = shown_contexts(features)
     order, renumber = _by_frequency(atlas, m)
     arrays = _feature_arrays(features, renumber, m) | _link_arrays(atlas, renumber)
+    arrays |= more or {}
     first, last = _used_bins(features)
     head = {
         **page,

@@ -7,11 +7,26 @@ const SORTS = {
   id: { of: (_, latent) => -latent, write: (data, latent) => percent(rateOf(data, latent)) },
 };
 
-/** All latents, largest first; equal ones by id. `isReversed` turns the order round. */
+/** One more order for each score that evals gave latents. */
+function addMeasuredSorts(data) {
+  for (const { key, unit } of data.measured) {
+    const of = (_, latent) => data[key][latent];
+    SORTS[key] = { of, write: (_, latent) => measuredText(data[key][latent], unit) };
+  }
+}
+
+function measuredText(value, unit) {
+  if (Number.isNaN(value)) return "–";
+  return unit === "share" ? percent(value) : number(value);
+}
+
+/** All latents, largest first; equal ones by id, those without a value last. `isReversed` turns the order round. */
 function sorted(data, key, isReversed) {
   const values = Float64Array.from({ length: data.d_sae }, (_, latent) => SORTS[key].of(data, latent));
-  const order = Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b);
-  return isReversed ? order.reverse() : order;
+  const all = Array.from(values.keys());
+  const order = all.filter((i) => !Number.isNaN(values[i])).sort((a, b) => values[b] - values[a] || a - b);
+  const without = all.filter((i) => Number.isNaN(values[i]));
+  return [...(isReversed ? order.reverse() : order), ...without];
 }
 
 function makeSearch(data) {
@@ -30,7 +45,12 @@ function makeSearch(data) {
     return promoted[latent];
   }
 
+  function explanationText(latent) {
+    return (data.explanations[latent] ?? []).map(([text]) => text).join("\n").toLowerCase();
+  }
+
   const tests = {
+    explanations: (latent, query) => explanationText(latent).includes(query),
     id: (latent, query) => String(latent).startsWith(query.replace(/^#/, "").trim()),
     promoted: (latent, query) => promotedText(latent).includes(query),
     contexts: (latent, query) => contextText(latent).includes(query),
@@ -43,7 +63,7 @@ function makeSearch(data) {
     const used = scope === "all" ? Object.values(tests) : [tests[scope]];
     const found = order.filter((latent) => used.some((test) => test(latent, wanted)));
     const exact = /^#?\d+$/.test(wanted.trim()) ? Number(wanted.trim().replace("#", "")) : -1;
-    const isExactFirst = exact >= 0 && exact < data.d_sae && scope !== "promoted" && scope !== "contexts";
+    const isExactFirst = exact >= 0 && exact < data.d_sae && (scope === "all" || scope === "id");
     return isExactFirst ? [exact, ...found.filter((latent) => latent !== exact)] : found;
   };
 }

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from sae.analysis.report.latent_scores import LatentScores, latent_scores
+from sae.evals.registry import EVALS
 from sae.evals.results import EvalResults, TableRow, read_results, table_rows
 
 MAX_CURVE_POINTS = 400
@@ -58,6 +60,7 @@ class Summary:
     tables: list[dict[str, Any]]
     curves: dict[str, Any]
     details: list[tuple[str, str]]
+    scores: LatentScores
 
 
 def read_summary(run_folder: Path, d_sae: int) -> Summary:
@@ -75,6 +78,7 @@ def read_summary(run_folder: Path, d_sae: int) -> Summary:
         tables=_tables(results),
         curves=_curves(rows),
         details=[(name, _text(run_folder / name)) for name in ("config.yaml", "env.json")],
+        scores=latent_scores(results, d_sae),
     )
 
 
@@ -159,11 +163,35 @@ def _losses(results: EvalResults | None) -> list[dict[str, Any]]:
 
 
 def _tables(results: EvalResults | None) -> list[dict[str, Any]]:
-    """Return a table an eval: all its metrics with their intervals."""
+    """Return a table an eval: all its metrics, what they were made from, what they miss."""
     groups: dict[str, list[TableRow]] = {}
     for row in table_rows(results) if results else []:
         groups.setdefault(row.group, []).append(row)
-    return [{"name": name, "rows": rows} for name, rows in groups.items()]
+    return [
+        {
+            "name": name,
+            "rows": rows,
+            "made_from": _made_from(results, name),
+            "misses": _misses(name),
+        }
+        for name, rows in groups.items()
+    ]
+
+
+def _made_from(results: EvalResults | None, name: str) -> str:
+    """Return on how much an eval was run, and its time."""
+    records = {} if results is None else {str(key): one for key, one in results.evals.items()}
+    if name not in records:
+        return ""
+    record = records[name]
+    amount = f"{record.n_tokens:,} tokens of {record.n_documents:,} documents, "
+    return (amount if record.n_tokens else "") + f"{record.seconds:.1f} s"
+
+
+def _misses(name: str) -> str:
+    """Return the defects that an eval cannot see, in words."""
+    rows = {str(key): row for key, row in EVALS.items()}
+    return ", ".join(rows[name].cannot_see) if name in rows else ""
 
 
 def format_value(value: float, kind: str = "number") -> str:

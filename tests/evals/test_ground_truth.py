@@ -17,8 +17,9 @@ from sae.coder.latents import Latents, from_dense
 from sae.evals.cofiring import Cofiring
 from sae.evals.families import Families
 from sae.evals.ground_truth import LABELS, GroundTruth
-from sae.evals.interface import EvalSetup, Undefined
+from sae.evals.interface import EvalBatch, EvalSetup, Undefined
 from sae.evals.matching import absolute_cosines, assigned
+from sae.evals.reconstruction import Reconstruction
 from sae.evals.truth import Truth, TruthBatch
 
 M, N_FEATURES, D, N = 5, 7, 6, 400
@@ -292,3 +293,22 @@ def test_the_benchmarks_own_package_gives_the_same_numbers():
     assert found["f1"] == pytest.approx(expected.f1_score, rel=1e-6)
     assert found["precision"] == pytest.approx(expected.precision, rel=1e-6)
     assert found["recall"] == pytest.approx(expected.recall, rel=1e-6)
+
+
+@pytest.mark.sae_lens
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="sae-lens not installed")
+@pytest.mark.parametrize("size", [N, 700])
+def test_explained_variance_is_that_of_sae_lens(size: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens.evals import (  # pyright: ignore[reportMissingImports]
+            ExplainedVarianceCalculator,
+        )
+    x = 1 + gaussian(N, 8, seed=0)
+    x_hat = x + 0.4 * gaussian(N, 8, seed=1)
+    theirs, ours = ExplainedVarianceCalculator(), Reconstruction(EvalSetup(8, 8, n_resamples=2))
+    for rows in torch.arange(N).split(size):
+        theirs.add_batch(x_hat[rows], x[rows])
+        code = from_dense(x_hat[rows])
+        ours.update(EvalBatch(x[rows], x_hat[rows], code, rows, rows))
+    assert ours.compute()["explained_variance"] == pytest.approx(theirs.compute(), abs=1e-6)

@@ -29,7 +29,7 @@ EvalName = Literal[
     "ground_truth",
     "autointerp",
 ]
-JudgeName = Literal["rules"]
+JudgeName = Literal["rules", "endpoint"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 ModelLossName = Literal["none", "kl", "ce"]
@@ -939,7 +939,32 @@ class EvalConfig:
     """Held-out tokens for the language model's loss with the dictionary spliced in."""
 
     judge: JudgeName = "rules"
-    """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline."""
+    """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline;
+    endpoint: a model behind an OpenAI-compatible address."""
+
+    judge_url: str | None = None
+    """Address of the judge's endpoint, before /chat/completions."""
+
+    judge_model: str | None = None
+    """Name of the model at the judge's endpoint."""
+
+    judge_key: str | None = None
+    """Environment variable that holds the endpoint's key; None: it needs none."""
+
+    judge_cache: str = "~/.cache/sae/judge"
+    """Folder of the endpoint's answers, from which an evaluation that was cut off goes on."""
+
+    judge_tries: int = 5
+    """Times that a request to the judge is tried before its latent is out of reach."""
+
+    judge_pause_seconds: float = 1.0
+    """Seconds before a request to the judge is tried again; they double with every try."""
+
+    judge_timeout_seconds: float = 60.0
+    """Seconds that the judge may take for an answer."""
+
+    judge_requests_per_minute: float = 600.0
+    """Requests to the judge that may begin in a minute."""
 
     judge_latents: int = 128
     """Latents that the judge is asked about, drawn uniformly from all."""
@@ -948,10 +973,15 @@ class EvalConfig:
     """Texts of each kind that the judge is shown, and asked about, for a latent; at least 4."""
 
     def __post_init__(self) -> None:
-        for name, least in (("judge_latents", 1), ("judge_examples", 4)):
+        for name, least in (("judge_latents", 1), ("judge_examples", 4), ("judge_tries", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"`eval.{name}` must be at least {least}; got {getattr(self, name)}. Raise it."
+                )
+        for name in ("judge_timeout_seconds", "judge_requests_per_minute"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"`eval.{name}` must be above 0; got {getattr(self, name)}. Raise it."
                 )
 
 

@@ -46,6 +46,7 @@ class Answers:
 def ask(judge: Judge, questions: Mapping[int, Questions]) -> Answers:
     """Return the judge's answers to all `questions`."""
     unreached: dict[int, str] = {}
+    judge.announce(len(questions))
 
     def explain(number: int) -> str:
         return judge.explain(questions[number].evidence)

@@ -72,6 +72,10 @@ class Judge(Protocol):
     name: str
     n_at_once: int
 
+    def announce(self, n_latents: int, /) -> None:
+        """Say, before the first request, what asking about `n_latents` will cost."""
+        ...
+
     def explain(self, evidence: Evidence, /) -> str:
         """Return what the latent stands for, in words; "" where nothing was found.
 

@@ -51,6 +51,9 @@ class RuleJudge:
     name = "rules"
     n_at_once = 1
 
+    def announce(self, _: int) -> None:
+        """Say nothing: rules cost nothing."""
+
     def explain(self, evidence: Evidence) -> str:
         """Return the rules that tell firing tokens from others, "" where none does."""
         fired, others = _count_rules(evidence)

@@ -39,6 +39,13 @@ Reads: TypeAlias = Literal["activations", "contexts", "model", "world", "weights
 Unit: TypeAlias = Literal["number", "share", "nats", "latents"]
 
 
+DEFECTS = (
+    *("random", "pca", "identity", "permuted decoder", "shuffled codes"),
+    *("absorption", "splitting", "noise fitting", "half dead"),
+)
+"""How a dictionary may be worse than it looks; docs/defects.md has each, planted."""
+
+
 class Label(NamedTuple):
     """How a metric is shown: its name in words, its unit."""
 
@@ -196,7 +203,8 @@ class EvalRow:
             `EvalSetup.coder`.
         labels: words and unit for each of its metrics, in the order of the printed table.
         cost: "fast" for those that `--evals fast` runs.
-        cannot_see: defects that leave its metrics unmoved, in a few words each.
+        cannot_see: which of DEFECTS none of its metrics sees, by name (docs/defects.md), and what
+            else leaves them unmoved, in a few words each.
         latent_labels: words and unit for each of its scores by latent.
     """
 

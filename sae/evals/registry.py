@@ -8,20 +8,29 @@ from typing import cast
 
 from sae.config import EvalName
 from sae.evals import downstream, geometry, ground_truth, reconstruction, sparsity
-from sae.evals.interface import EvalRow
+from sae.evals.interface import DEFECTS, EvalRow
 from sae.evals.judging import autointerp
 
+FITS_X = ("absorption", "splitting", "noise fitting")
+
 EVALS: dict[EvalName, EvalRow] = {
-    "reconstruction": EvalRow(reconstruction.Reconstruction, "activations", reconstruction.LABELS),
-    "sparsity": EvalRow(sparsity.Sparsity, "activations", sparsity.LABELS),
+    "reconstruction": EvalRow(
+        reconstruction.Reconstruction, "activations", reconstruction.LABELS, cannot_see=FITS_X
+    ),
+    "sparsity": EvalRow(
+        sparsity.Sparsity,
+        "activations",
+        sparsity.LABELS,
+        cannot_see=tuple(defect for defect in DEFECTS if defect != "half dead"),
+    ),
     "geometry": EvalRow(
         geometry.Geometry,
         "weights",
         geometry.LABELS,
-        cannot_see=("the codes", "whether a direction is one of the data"),
+        cannot_see=tuple(defect for defect in DEFECTS if defect != "splitting"),
         latent_labels=geometry.LATENT_LABELS,
     ),
-    "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS),
+    "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS, cannot_see=FITS_X),
     "ground_truth": EvalRow(ground_truth.GroundTruth, "world", ground_truth.LABELS),
     "autointerp": EvalRow(
         autointerp.Autointerp,

@@ -40,8 +40,8 @@ def dictionary(world: ToyWorld, q: torch.Tensor | None = None) -> Linear:
     encoder = rows.clone()
     encoder[-1] = 0
     if q is None:
-        return Linear(world, encoder, rows)
-    return Linear(turned(world, q), encoder @ q, rows @ q)
+        return Linear(world, encoder, rows, k=8)
+    return Linear(turned(world, q), encoder @ q, rows @ q, k=8)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ EvalName = Literal[
     "downstream",
     "ground_truth",
     "autointerp",
+    "perturbation",
 ]
 JudgeName = Literal["rules", "endpoint"]
 MaskName = Literal["bos", "first", "special"]

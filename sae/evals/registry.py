@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from sae.config import EvalName
-from sae.evals import downstream, geometry, ground_truth, reconstruction, sparsity
+from sae.evals import downstream, geometry, ground_truth, perturbation, reconstruction, sparsity
 from sae.evals.interface import DEFECTS, EvalRow
 from sae.evals.judging import autointerp
 
@@ -32,6 +32,9 @@ EVALS: dict[EvalName, EvalRow] = {
     ),
     "downstream": EvalRow(downstream.Downstream, "model", downstream.LABELS, cannot_see=FITS_X),
     "ground_truth": EvalRow(ground_truth.GroundTruth, "world", ground_truth.LABELS),
+    "perturbation": EvalRow(
+        perturbation.Perturbation, "world", perturbation.LABELS, "full", perturbation.CANNOT_SEE
+    ),
     "autointerp": EvalRow(
         autointerp.Autointerp,
         "contexts",

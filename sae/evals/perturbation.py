@@ -14,8 +14,8 @@ et al. 2024); deviations: probes by least squares, concepts are a world's featur
 
 Memory: the first `N_ROWS` rows, whichever process sees them: x, and their codes; to compute, these
 codes dense.
-Cannot see: what latents do where no concept is (a share of x that no probe reads), precision beyond
-the linear probe. It is not bounded by the truth's own value: never divide by that.
+Cannot see: absorption and noise fitting (docs/defects.md); what latents do where no concept is;
+anything beyond the linear probe. It is not bounded by the truth's value: never divide by that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LABELS = {
     "tpp_random_direction": Label("the same along a random direction"),
     "tpp_random_latent": Label("the same by a random latent"),
 }
-CANNOT_SEE = ("latents without a concept", "features that are rare")
+CANNOT_SEE = ("absorption", "noise fitting", "latents without a concept", "rare features")
 
 
 class Perturbation:

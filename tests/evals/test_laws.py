@@ -98,7 +98,11 @@ def test_a_rotation_of_the_data_changes_nothing_but_the_alignment_with_the_axes(
     metrics = [dict(results.metrics) for results in (before, after)]
     alignment = [found.pop("basis_alignment") for found in metrics]
     assert alignment[0] != pytest.approx(alignment[1], rel=1e-2)
+    # A baseline drawn at random in coordinates is another draw of the rotated data.
+    drawn = [name for name in metrics[0] if "random_direction" in name]
     for name, value in metrics[0].items():
+        if name in drawn:
+            continue
         expected = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)
         assert metrics[1][name] == expected, name
 

@@ -30,7 +30,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def join_texts(texts: Sequence[str]) -> str:
     """Return the text of consecutive tokens, joining the bytes of split characters."""
-    joined = b"".join(_to_bytes(text) for text in texts)
+    joined = b"".join(to_bytes(text) for text in texts)
     return joined.decode("utf-8", errors="replace")
 
 
@@ -61,7 +61,8 @@ def piece_bytes(piece: str) -> bytes | None:
     return None
 
 
-def _to_bytes(text: str) -> bytes:
+def to_bytes(text: str) -> bytes:
+    """Return the bytes of a token's text, of a part-character those that it stands for."""
     match = BYTES_FORM.fullmatch(text)
     return bytes.fromhex(match[1]) if match else text.encode()
 

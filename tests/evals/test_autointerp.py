@@ -14,6 +14,7 @@ from sae.evals.interface import Undefined
 from sae.evals.judging.autointerp import LABELS, Autointerp
 from sae.evals.judging.judge import Confidence, Evidence, Example, Unreachable
 from sae.evals.judging.rules import RuleJudge
+from sae.evals.judging.sampling import _View
 
 
 class Nonsense(RuleJudge):
@@ -174,3 +175,12 @@ def test_settings_change_what_is_asked() -> None:
         EvalConfig(judge_examples=3)
     with pytest.raises(ValueError, match="judge_latents"):
         EvalConfig(judge_latents=0)
+
+
+def test_every_seed_halves_documents_in_its_own_way() -> None:
+    batch = text_batch()
+    slots = torch.arange(D_SAE)
+    halves = [_View(batch, slots, seed).halves for seed in (0, 1, 2, 2**31 - 1)]
+    for i, half in enumerate(halves):
+        assert 0.3 < half.double().mean() < 0.7
+        assert all((half != other).any() for other in halves[:i])

@@ -157,14 +157,14 @@ class _View:
         code = Latents(*(part.cpu() for part in batch.latents))
         self.slots, self.values = slots[code.indices], code.values.float()
         self.documents = self.all_documents.flatten()[self.kept]
-        self.halves = mixed(self.documents + (seed + 1) * STEP) & 1
+        self.halves = mixed(self.documents + wrapped((seed + 1) * STEP)) & 1
         self.numbers = self._numbers(seed)
         self.row_of = torch.full((self.tokens.numel(),), -1, dtype=torch.int64)
         self.row_of[self.kept] = torch.arange(len(self.kept))
 
     def _numbers(self, seed: int) -> Tensor:
         """Return each kept token's pseudorandom number, (n) int64, at least 0."""
-        context = torch.full((len(self.tokens),), seed * STEP, dtype=torch.int64)
+        context = torch.full((len(self.tokens),), wrapped(seed * STEP), dtype=torch.int64)
         for tokens, documents in zip(
             self.tokens.unbind(1), self.all_documents.unbind(1), strict=True
         ):
@@ -232,6 +232,11 @@ def mixed(numbers: Tensor) -> Tensor:
     for shift, factor in ((30, MIX_1), (27, MIX_2)):
         numbers = (numbers ^ _shifted(numbers, shift)) * factor
     return numbers ^ _shifted(numbers, 31)
+
+
+def wrapped(number: int) -> int:
+    """Return Python's unbounded integer as int64 arithmetic has it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _shifted(numbers: Tensor, by: int) -> Tensor:

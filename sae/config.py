@@ -587,10 +587,20 @@ ONLY_FOR = {
     "sparsity_loss": tuple(SPARSITY_LOSSES),
     "sparsity_coefficient": tuple(SPARSITY_LOSSES),
     "target_l0": tuple(SPARSITY_LOSSES),
+    "threshold_init": ("jumprelu",),
     "ste_to_encoder": ("jumprelu",),
     "dead_penalty": tuple(SPARSITY_LOSSES),
     "refine_step": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
     "k_aux": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
+}
+# The same for settings that have a value of their own: whoever gives one for another activation is
+# warned. They are not refused, as every run folder holds them.
+IDLE_BUT_FOR = {
+    "k": HAVE_K,
+    "multi_k_coefficient": ("topk",),
+    "threshold_rate": ("batchtopk",),
+    "bandwidth": ("jumprelu",),
+    "tanh_scale": tuple(SPARSITY_LOSSES),
 }
 
 

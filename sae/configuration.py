@@ -9,13 +9,14 @@ import dataclasses
 import difflib
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
 
-from sae.config import Config
+from sae.config import IDLE_BUT_FOR, Config
 
 CONFIG_FILE = "config.yaml"
 RENAMED = {"stream.scale": "stream.normalisation"}
@@ -139,9 +140,26 @@ def from_command_line(arguments: Sequence[str], program: str) -> Config:
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     base = from_flat(read_yaml(Path(path))) if path else Config()
     config = with_flags(base, arguments[1 if path else 0 :], f"{program} CONFIG.yaml")
+    warn_of_idle(config)
     if path and config.run.folder is None:
         return from_flat({"run.folder": f"runs/{Path(path).stem}"}, config)
     return config
+
+
+def warn_of_idle(config: Config) -> None:
+    """Warn of settings of the coder that do nothing for its activation."""
+    coder, default = config.coder, Config().coder
+    for name, activations in IDLE_BUT_FOR.items():
+        value = getattr(coder, name)
+        is_swept = bool(config.fleet.activation)
+        if value == getattr(default, name) or coder.activation in activations or is_swept:
+            continue
+        instead = " Its L0 is set by `coder.target_l0`." if name == "k" else ""
+        warnings.warn(
+            f"`coder.{name}` does nothing for `coder.activation: {coder.activation}`; got {value}."
+            f"{instead}",
+            stacklevel=2,
+        )
 
 
 def with_flags(base: Config, arguments: Sequence[str], program: str) -> Config:

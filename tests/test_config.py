@@ -83,6 +83,7 @@ def test_yaml_round_trip():
         ({"coder.random_prefixes": 64, "coder.d_sae": 64}, ValueError, "must be below"),
         ({"coder.prefixes": [8], "coder.random_prefixes": 3}, ValueError, "Give one of the two"),
         ({"coder.detach_prefixes": True}, ValueError, "`coder.detach_prefixes` needs prefixes"),
+        ({"coder.threshold_init": 0.2}, ValueError, "is a setting of jumprelu; got 'topk'"),
         (
             {"train.freeze_decoder": True, "train.step": "fused"},
             ValueError,
@@ -145,6 +146,23 @@ def test_yaml_round_trip():
 def test_bad_settings(values: dict, kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
         from_flat(values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--coder.activation relu --coder.k 7", "`coder.k` does nothing .* got 7. Its L0 is"),
+        ("--coder.bandwidth 0.2", "`coder.bandwidth` does nothing for `coder.activation: topk`"),
+        ("--coder.activation relu --coder.threshold_rate 0.5", "`coder.threshold_rate` does noth"),
+    ],
+)
+def test_what_does_nothing_for_the_activation_is_told(flags: str, message: str):
+    with pytest.warns(UserWarning, match=message):
+        from_command_line(flags.split(), "sae train")
+
+
+def test_what_one_of_several_activations_uses_is_not_idle():
+    from_command_line(["--fleet.activation", "topk,relu", "--coder.k", "7"], "sae train")
 
 
 def test_bad_yaml(tmp_path: Path):

@@ -4,6 +4,7 @@
 """
 
 from sae.analysis.atlas import Atlas, build_atlas
+from sae.analysis.diffing import PlacesOfLatents, places_of_latents
 from sae.analysis.heads import head_contributions, head_shares
 from sae.analysis.intervene import ablate, splice, steer, strongest_latents
 from sae.analysis.opened_run import OpenedRun, open_run
@@ -13,11 +14,13 @@ from sae.analysis.run_report import report_run
 __all__ = [
     "Atlas",
     "OpenedRun",
+    "PlacesOfLatents",
     "ablate",
     "build_atlas",
     "head_contributions",
     "head_shares",
     "open_run",
+    "places_of_latents",
     "report_run",
     "splice",
     "steer",

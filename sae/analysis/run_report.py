@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sae.analysis.atlas import build_atlas
+from sae.analysis.diffing import places_of_latents
 from sae.analysis.report import write_report
 from sae.config import Config
 from sae.interop import load
@@ -35,4 +36,5 @@ def report_run(run: Path, cfg: Config, tell: Callable[[str], None] = lambda _: N
         max_tokens=cfg.report.tokens,
     )
     atlas.save(run)
-    return write_report(run, atlas)
+    is_of_several = len(coder.sites.written_widths) > 1
+    return write_report(run, atlas, places_of_latents(coder) if is_of_several else None)

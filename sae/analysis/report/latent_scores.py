@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from sae.analysis.diffing import PlacesOfLatents
 from sae.config import EvalName
 from sae.evals.interface import Label
 from sae.evals.registry import EVALS
@@ -50,6 +52,25 @@ def latent_scores(results: EvalResults | None, d_sae: int) -> LatentScores:
             if latent < d_sae:
                 found.head["explanations"].setdefault(str(latent), []).append([text, by])
     return found
+
+
+def with_shares(scores: LatentScores, places: PlacesOfLatents) -> LatentScores:
+    """Return the scores with each latent's share of every place that the dictionary writes."""
+    measured, arrays = list(scores.head["measured"]), dict(scores.arrays)
+    for number, name in enumerate(places.names):
+        key = f"share_{number}"
+        label = f"share of the norm at {name}"
+        measured.append({"key": key, "eval": "places", "label": label, "unit": "share"})
+        arrays[key] = places.shares[number].cpu().numpy().astype("float32")
+    return LatentScores({**scores.head, "measured": measured}, arrays)
+
+
+def place_note(places: PlacesOfLatents, fires: Tensor) -> str:
+    """Return in words how many of the latents that fire (d_sae) are of which places."""
+    counts = places.counts(fires.to(places.is_of.device))
+    return f"Of {int(fires.sum()):,} latents that fire: " + ", ".join(
+        f"{count:,} {kind}" for kind, count in counts.items()
+    )
 
 
 def _label(eval_name: str, score: str) -> Label:

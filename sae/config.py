@@ -690,10 +690,10 @@ def _require_for_site(coder: CoderConfig) -> None:
             "Leave it out or choose one of these as `coder.site`.",
         )
     _require(
-        coder.activation != "matching_pursuit" or coder.site == "sae",
+        coder.activation != "matching_pursuit" or coder.site in ("sae", "crosscoder"),
         "coder.activation",
-        f"must be another one for `coder.site: {coder.site}`: matching pursuit reconstructs what "
-        "it reads",
+        f"must be another one for `coder.site: {coder.site}`: matching pursuit takes away, row by "
+        "row, what it writes from what it reads",
         coder.activation,
         "Use topk.",
     )

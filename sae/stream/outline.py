@@ -33,8 +33,16 @@ def require_places(cfg: Config) -> None:
     needs, widths and numbers of latents that do not fit, and a place that is written before it is
     read.
     """
-    if cfg.coder.site == "sae":
-        return
+    if cfg.coder.site != "sae" and (sites := outlined_sites(cfg)) is not None:
+        resolve(cfg.coder, sites)
+
+
+def outlined_sites(cfg: Config) -> Sites | None:
+    """Return the places of a coder of several, by the models' outlines; None where these do not
+    run without values: then the reader finds out, with the weights.
+
+    Errors: as `require_places`, but for the coder's own numbers.
+    """
     model = load_outline(cfg.model)
     hookpoints = find_hookpoints_of(model, cfg.model.hookpoint)
     target = cfg.model.target
@@ -46,14 +54,14 @@ def require_places(cfg: Config) -> None:
         )
     found = _widths(model, [*hookpoints, *targets])
     if found is None:
-        return  # the forward asks for values, not shapes: the reader finds out with the weights
+        return None
     for before, after in zip(hookpoints, targets, strict=False):
         _require_order(before, after, list(found))
     widths = [found[place] for place in (*hookpoints, *targets)]
     if cfg.model.other is not None:
         of_other = _widths(load_outline(others(cfg.model)), hookpoints)
         widths += [] if of_other is None else [of_other[place] for place in hookpoints]
-    resolve(cfg.coder, Sites.of(cfg.coder, tuple(widths)))
+    return Sites.of(cfg.coder, tuple(widths))
 
 
 def _widths(model: nn.Module, places: list[Hookpoint]) -> dict[Hookpoint, int] | None:

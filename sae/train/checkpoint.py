@@ -22,6 +22,7 @@ from torch import Tensor
 from sae.coder.dictionary import write_dictionary_files
 from sae.files import new_folder, partial_path, read_json, write_json, write_tensors
 from sae.stream.source import SourceState
+from sae.train.origin import origin
 from sae.train.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -71,7 +72,7 @@ def load_checkpoint(state: TrainState, path: Path, accelerator: Accelerator) -> 
     own = {name: own[name] for name in state.own_tensors()}
     state.load_(read_json(path / "trainer.json"), {**load_file(path / TRAINER_TENSORS), **own})
     state.source.load_state(_merged_source(files))
-    state.coder.metadata |= state.source.metadata()
+    state.coder.metadata |= origin(state.source, state.coder.sites, state.coder.cfg.site)
 
 
 class TensorFiles(Mapping[str, Tensor]):

@@ -30,6 +30,7 @@ from sae.train.checkpoint import (
     verify,
     write_shared,
 )
+from sae.train.origin import origin
 from sae.train.state import TrainState
 
 COUNTS = "counts.safetensors"
@@ -68,4 +69,4 @@ def load_fleet(states: Mapping[str, TrainState], source: ActivationSource, path:
     tensors = TensorFiles([path / "stream.safetensors"])
     source.load_state(SourceState(read_json(path / "stream.json"), tensors))
     for state in states.values():
-        state.coder.metadata |= state.source.metadata()
+        state.coder.metadata |= origin(state.source, state.coder.sites, state.coder.cfg.site)

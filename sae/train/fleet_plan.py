@@ -31,7 +31,7 @@ def plan_fleet(cfg: Config, seconds: float) -> Plan:
     assert isinstance(source, BufferedSource)
     try:
         cfg = with_dtypes(cfg, source)
-        stream = FleetStream(source)
+        stream = FleetStream(source, is_whole=cfg.coder.site != "sae")
         members = resolved(cfg, members, stream, accelerator)
         loading = peak(device)
         reset_peak(device)

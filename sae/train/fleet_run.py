@@ -14,9 +14,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from sae.coder import save_dictionary
+from sae.coder.coder import resolve as resolve_coder
 from sae.coder.sites import Sites
 from sae.config import Config
 from sae.stream.opening import pick_device, require_complete
+from sae.stream.outline import outlined_sites
 from sae.train.distributed import make_accelerator, n_launched
 from sae.train.fleet_members import Member, members_of, resolved_members
 from sae.train.fleet_stream import FleetStream
@@ -40,7 +42,7 @@ def run_fleet(cfg: Config) -> Path:
     source = open_source(of_stream(cfg, members), accelerator)
     try:
         cfg = with_dtypes(cfg, source)
-        stream = FleetStream(source)
+        stream = FleetStream(source, is_whole=cfg.coder.site != "sae")
         members = resolved(cfg, members, stream, accelerator)
         resume_from = prepare_folder(
             replace(cfg, run=replace(cfg.run, folder=str(folder))), folder, accelerator
@@ -66,35 +68,55 @@ def checked(cfg: Config) -> tuple[Config, tuple[Member, ...]]:
             f"a fleet must be trained by one process; {n_launched()} were launched. Launch one a "
             "GPU, each with a part of the fleet's values and a `run.folder` of its own."
         )
-    if cfg.model.other is not None:
-        raise ValueError(
-            "`model.other` must be left out where `fleet` lists values, as each member reads one "
-            f"hookpoint of one model; got {cfg.model.other!r}. Leave out one of the two."
-        )
-    require_alone(cfg)
+    require_for_many(cfg)
     cfg = with_world(cfg)
     members = resolved_members(members_of(cfg), lambda member: possible(member.cfg))
     if not cfg.world.name:
         require_complete(of_stream(cfg, members))
+        require_fitting(cfg, members)
     pick_device(cfg.stream.device, "stream.device")
     return cfg, members
 
 
-def require_alone(cfg: Config) -> None:
-    """Refuse what is not for several dictionaries at once, all of one place each.
+def require_for_many(cfg: Config) -> None:
+    """Refuse what is not for several dictionaries at once.
 
     Errors: ValueError.
     """
-    asked = {
-        "coder.site": (cfg.coder.site, "sae"),
-        "train.model_loss": (cfg.train.model_loss, "none"),
-    }
-    for key, (given, possible_for_many) in asked.items():
-        if given != possible_for_many:
-            raise ValueError(
-                f"`{key}` must be {possible_for_many} where `fleet` lists values; got {given}. "
-                "Train one such dictionary at a time."
-            )
+    if cfg.coder.site == "sae" and cfg.model.other is not None:
+        raise ValueError(
+            "`model.other` must be left out where `fleet` lists values and `coder.site` is sae, as "
+            f"each member reads one hookpoint of one model; got {cfg.model.other!r}. Leave it out, "
+            "or set `coder.site: crosscoder`."
+        )
+    if cfg.coder.site != "sae" and cfg.fleet.hookpoint:
+        raise ValueError(
+            f"`fleet.hookpoint` must be left out for `coder.site: {cfg.coder.site}`, whose members "
+            f"all have the places of `model`; got {list(cfg.fleet.hookpoint)}. Train those of "
+            "other places as a fleet of their own."
+        )
+    if cfg.train.model_loss != "none":
+        raise ValueError(
+            "`train.model_loss` must be none where `fleet` lists values; got "
+            f"{cfg.train.model_loss}. Train one such dictionary at a time."
+        )
+
+
+def require_fitting(cfg: Config, members: tuple[Member, ...]) -> None:
+    """Refuse members that do not fit the places of their model, before its weights load.
+
+    Errors: ValueError naming the member.
+    """
+    if cfg.coder.site == "sae" or cfg.stream.shards is not None:
+        return
+    if (sites := outlined_sites(cfg)) is None:
+        return
+
+    def fitting(member: Member) -> Config:
+        resolve_coder(member.cfg.coder, sites)
+        return member.cfg
+
+    resolved_members(members, fitting)
 
 
 def possible(cfg: Config) -> Config:
@@ -118,7 +140,7 @@ def resolved(
     def of(member: Member) -> Config:
         model = replace(cfg.model, hookpoint=member.cfg.model.hookpoint)
         own = replace(member.cfg, model=model, stream=cfg.stream)  # with this machine's dtypes
-        sites = Sites(stream.share(stream.place_of(member)).widths)
+        sites = Sites.of(own.coder, stream.share(stream.place_of(member)).widths)
         return resolve(own, sites, Path(own.run.folder or ""), accelerator.device)
 
     return resolved_members(members, of)

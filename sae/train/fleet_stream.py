@@ -1,7 +1,8 @@
 """One stream for all members of a fleet: text, forward and buffer are made once.
 
-Each member sees its own hookpoint of it as an `ActivationSource` that stands still: the fleet's
-trainer takes the batches and hands them round.
+Each member sees its share of it as an `ActivationSource` that stands still: its own hookpoint, or,
+where coders have several places, the whole rows. The fleet's trainer takes the batches and hands
+them round.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ from sae.train.fleet_members import Member
 
 
 class FleetStream:
-    """A source whose hookpoints are divided among members.
+    """A source whose hookpoints are divided among members, or given whole to each.
 
     Attributes:
-        names: of the hookpoints, in the order of `next_rows`.
+        names: of the hookpoints, in the order of `next_rows`. is_whole: whether rows hold all of
+            them side by side, as coders of several places read them: there is one share then.
         log_values: what the log says of the stream since `read_log_values` was last called.
     """
 
-    def __init__(self, source: ActivationSource):
-        self.source = source
+    def __init__(self, source: ActivationSource, *, is_whole: bool = False):
+        self.source, self.is_whole = source, is_whole
         self.names: tuple[str, ...] = getattr(source, "names", (source.name,))
         calibration_rows: Callable[[], tuple[Tensor, ...]] | None
-        calibration_rows = getattr(source, "calibration_rows", None)
+        calibration_rows = None if is_whole else getattr(source, "calibration_rows", None)
         self.samples = calibration_rows() if calibration_rows else (source.calibration_sample(),)
         self.log_values: dict[str, float] = {}
 
     def place_of(self, member: Member) -> int:
-        """Return which hookpoint a member reads.
+        """Return which share a member reads, by its number.
 
         Errors: ValueError where its pattern matches several.
         """
-        if not member.cfg.model.hookpoint:  # a world's rows, or a tensor's
+        if self.is_whole or not member.cfg.model.hookpoint:  # or a world's rows, or a tensor's
             return 0
         found = choose_names(member.cfg.model.hookpoint, self.names)
         if len(found) != 1:
@@ -47,9 +49,9 @@ class FleetStream:
             )
         return self.names.index(found[0])
 
-    def share(self, place: int) -> HookpointShare:
-        """Return one hookpoint as a source of its own."""
-        return HookpointShare(self, place)
+    def share(self, place: int) -> Share:
+        """Return one share as a source of its own."""
+        return Share(self, place)
 
     def forget_samples(self) -> None:
         """Give back the memory of the samples, once every member is calibrated."""
@@ -60,19 +62,22 @@ class FleetStream:
         self.log_values = self.source.log_values()
 
     def next_rows(self, n: int, step: int) -> tuple[Tensor, ...]:
-        """Return the next n rows of every hookpoint, (n, width) each, in raw units."""
+        """Return the next n rows of every share, (n, width) each, in raw units."""
         try:
-            return self.source.next_rows(n)
+            return (self.source.next_batch(n),) if self.is_whole else self.source.next_rows(n)
         except NonFiniteActivationsError as error:
             raise NonFiniteActivationsError(f"at step {step}: {error}") from error
 
 
-class HookpointShare:
-    """One hookpoint of a fleet's stream, for a member's state and log; an `ActivationSource`."""
+class Share:
+    """A member's part of a fleet's stream, for its state and log; an `ActivationSource`."""
 
     def __init__(self, stream: FleetStream, place: int):
         self.stream, self.place = stream, place
-        self.name, self.widths = stream.names[place], (stream.samples[place].shape[1],)
+        self.names = stream.names if stream.is_whole else stream.names[place : place + 1]
+        self.name = " + ".join(self.names)
+        is_part = not stream.is_whole
+        self.widths = (stream.samples[place].shape[1],) if is_part else stream.source.widths
 
     def calibration_sample(self) -> Tensor:
         """Return its part of the stream's sample, (m, d_in)."""

@@ -132,7 +132,7 @@ def make_trainees(
             sample = share.calibration_sample().to(accelerator.device)
             cfg = member.cfg
             sample = as_trained_on(sample, cfg.train, cfg.run.seed, CALIBRATION)
-            calibrations[place] = calibrate(sample, cfg, Sites(share.widths))
+            calibrations[place] = calibrate(sample, cfg, Sites.of(cfg.coder, share.widths))
         state = make_state(member.cfg, share, accelerator, calibrations[place])
         trainees.append(Trainee(member.name, member.cfg, state, place))
     return trainees

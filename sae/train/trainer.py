@@ -22,7 +22,6 @@ from sae.coder.losses import extra_loss_names
 from sae.coder.sites import Sites
 from sae.config import Config
 from sae.stream.normalisation import Normaliser, PooledSample
-from sae.stream.reader import OTHER
 from sae.stream.source import ActivationSource, NonFiniteActivationsError
 from sae.train import resampling
 from sae.train.checkpoint import load_checkpoint, save_checkpoint
@@ -35,6 +34,7 @@ from sae.train.metrics import MetricSums
 from sae.train.model_loss import ModelLoss
 from sae.train.null_inputs import CALIBRATION, as_trained_on
 from sae.train.optimisers import OPTIMISERS
+from sae.train.origin import origin
 from sae.train.progress import ShowsRows, TrainProgress
 from sae.train.schedule import lr_at, n_steps, values_at
 from sae.train.state import Calibration, TrainState
@@ -121,7 +121,7 @@ def make_state(
     sample = as_trained_on(sample, cfg.train, cfg.run.seed, CALIBRATION)
     sites = Sites.of(cfg.coder, source.widths)
     calibration = calibration or calibrate(sample, cfg, sites)
-    metadata = {**source.metadata(), **place_names(source, sites, cfg)}
+    metadata = origin(source, sites, cfg.coder.site)
     coder = SparseCoder.create(
         sites.d_in, cfg.coder, seed=cfg.run.seed, metadata=metadata, sites=sites
     )
@@ -151,17 +151,6 @@ def make_state(
     )
 
 
-def place_names(source: ActivationSource, sites: Sites, cfg: Config) -> dict[str, object]:
-    """Return what a dictionary of other places than one remembers of them, if they have names."""
-    names = getattr(source, "names", None)
-    if cfg.coder.site == "sae" or names is None:
-        return {}
-    n_read = len(sites.reads)
-    read = [name for name in names[:n_read] if not name.startswith(OTHER)]
-    written = {"hook_name_out": ",".join(names[n_read:])} if sites.writes else {}
-    return {"hook_name": ",".join(read), **written}
-
-
 def calibrate(sample: Tensor, cfg: Config, sites: Sites) -> Calibration:
     """Return normaliser, variance, mean and b_dec from a sample (m, Σ widths) of every process.
 
@@ -169,11 +158,13 @@ def calibrate(sample: Tensor, cfg: Config, sites: Sites) -> Calibration:
 
     Errors: ValueError where all activations are equal.
     """
+    # One matrix that reads and writes all places cannot take up a factor for each: one for all.
+    is_one_matrix = cfg.coder.activation == "matching_pursuit"
     normaliser = Normaliser.fit(
         sample,
         cfg.stream.normalisation,
         sum_over_ranks,
-        sites=sites,
+        sites=None if is_one_matrix else sites,
         is_tied=cfg.coder.tie_decoders,
     )
     x = sites.written(normaliser.apply(sample))

@@ -36,7 +36,7 @@ def works_with(site: str, variant: str) -> bool:
     refused = [
         name for name, sites in SITES_FOR.items() if settings.get(name) and kind not in sites
     ]
-    return not refused and settings["activation"] != "matching_pursuit"
+    return not refused and (settings["activation"] != "matching_pursuit" or kind == "crosscoder")
 
 
 CASES = [(site, name) for site in SETTINGS for name in VARIANTS if works_with(site, name)]

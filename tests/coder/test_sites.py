@@ -110,6 +110,32 @@ def test_a_cross_layer_latent_reads_its_layer_and_writes_to_later_ones():
         torch.testing.assert_close(sparse, coder.decode(code))
 
 
+def test_a_crosscoder_by_matching_pursuit_works_on_raw_rows():
+    """One matrix reads and writes all places: one factor for the whole row, larger places count
+    for more; what is saved reconstructs raw rows as well as the log says."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(12, 10, generator=generator)
+    codes = torch.rand(2048, 12, generator=generator).pow(8)
+    parts = list((codes @ directions).split([4, 6], 1))
+    parts[1] = 5 * parts[1]
+    coder = sae.fit(
+        parts,
+        site="crosscoder",
+        activation="matching_pursuit",
+        d_sae=12,
+        k=3,
+        tokens=30_000,
+        batch_tokens=256,
+        lr=1e-2,
+        progress=False,
+        step="autograd",
+    )
+    assert torch.equal(coder.W_enc, coder.W_dec)
+    torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(12))
+    rows = torch.cat(parts, 1)
+    assert (coder(rows) - rows).square().sum() < 0.2 * (rows - rows.mean(0)).square().sum()
+
+
 def test_cross_layer_decoders_stay_held_in_training():
     x = rows("cross_layer", 512)
     parts = [part.clone() for part in x.split(WIDTHS["cross_layer"], 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -68,6 +69,11 @@ def test_every_setting_of_a_fleet_replaces_one():
 
 
 RELU = ["--fleet.activation", "topk,relu", "--coder.k_aux", "0"]
+CROSSCODER = ["--coder.site", "crosscoder", "--coder.activation", "batchtopk"]
+CROSSCODER += ["--model.hookpoint", "model.layers.0,model.layers.2"]
+CROSS_LAYER = ["--coder.site", "cross_layer", "--train.step", "autograd"]
+CROSS_LAYER += ["--model.hookpoint", "model.layers.0.mlp:in,model.layers.2.mlp:in"]
+CROSS_LAYER += ["--model.target", "model.layers.0.mlp,model.layers.2.mlp"]
 ON_A_WORLD = ["--world.name", "toy_model", "--fleet.hookpoint", "layers.1"]
 
 
@@ -81,7 +87,8 @@ ON_A_WORLD = ["--world.name", "toy_model", "--fleet.hookpoint", "layers.1"]
         (["--fleet.hookpoint", "checkpoints"], "'checkpoints', which is .*the fleet's own"),
         (["--fleet.k", "4", "--model.other", "x"], "`model.other` must be left out"),
         (["--fleet.k", "4", "--train.model_loss", "kl"], "`train.model_loss` must be none where"),
-        (["--fleet.k", "4", "--coder.site", "crosscoder"], "`coder.site` must be sae where"),
+        ([*CROSSCODER, "--fleet.hookpoint", "layers.0"], "`fleet.hookpoint` must be left out"),
+        ([*CROSS_LAYER, "--fleet.d_sae", "48,49"], "`d_sae49` is not: .*multiple of the layers"),
         ([*RELU, "--train.step", "fused"], "`relu` is not: `train.step: fused` needs"),
         (["--fleet.k", "4", "--data.source", ""], "`data.source` must name"),
         (ON_A_WORLD, "must be left out where `world.name` is given"),
@@ -167,6 +174,25 @@ def test_hookpoints_share_one_forward(
         assert torch.equal(member.W_enc, alone.W_enc)
         assert member.metadata == alone.metadata
         assert len(forwards) == in_fleet
+
+
+@pytest.mark.parametrize("places", [CROSSCODER, CROSS_LAYER], ids=["crosscoder", "cross_layer"])
+def test_coders_of_several_places_are_a_fleet(tiny_config: Path, tmp_path: Path, places: list[str]):
+    """All members have all the places; each is the run that it would be alone, also if stopped."""
+    folder = run(configured(tiny_config, *places, "--fleet.k", "2,4"))
+    alone = run(configured(folder / "k4/config.yaml", "--run.folder", str(tmp_path / "alone")))
+    member, expected = sae.load(folder / "k4"), sae.load(alone)
+    assert member.sites == expected.sites
+    assert member.metadata == expected.metadata
+    for tensor in TENSORS:
+        assert torch.equal(getattr(member, tensor), getattr(expected, tensor))
+    shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])  # as if it had been killed
+    for name in ("k2", "k4"):
+        shutil.rmtree(folder / name / "final")
+    run(configured(tiny_config, *places, "--fleet.k", "2,4", "--train.resume", "auto"))
+    again = sae.load(folder / "k4")
+    assert again.metadata == expected.metadata
+    assert torch.equal(again.W_dec, expected.W_dec)
 
 
 def test_data_comes_in_the_order_of_the_runs_seed(tiny_config: Path):

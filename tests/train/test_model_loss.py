@@ -37,11 +37,16 @@ SITES: dict[str, dict[str, Any]] = {
         "coder.site": "crosscoder",
         "model.hookpoint": "model.layers.0,model.layers.2",
     },
+    "cross_layer": {
+        "coder.site": "cross_layer",
+        "model.hookpoint": "model.layers.0.mlp:in,model.layers.2.mlp:in",
+        "model.target": "model.layers.0.mlp,model.layers.2.mlp",
+    },
 }
 
 
 # What makes the loss of a random model, which hardly depends on one place, count.
-WEIGHTS = {"sae": 1e3, "skip": 1e6, "crosscoder": 1e3}
+WEIGHTS = {"sae": 1e3, "skip": 1e6, "crosscoder": 1e3, "cross_layer": 1e6}
 
 
 def configured(path: Path, **settings: Any) -> sae.Config:
@@ -186,11 +191,21 @@ def test_a_resumed_run_takes_the_contexts_that_are_next(tiny_config: Path, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:The fused training step")
-def test_a_model_in_bfloat16(tiny_config: Path):
-    more = {"train.model_loss": "ce", "train.model_loss_fraction": 1.0, "model.dtype": "bfloat16"}
-    more |= {"train.reconstruction_weight": 0.0, "train.model_loss_weight": 1.0}
+@pytest.mark.parametrize("name", ["kl", "ce"])
+@pytest.mark.parametrize("kind", SITES)
+def test_a_model_in_bfloat16(kind: str, name: str, tiny_config: Path):
+    """End to end alone, at one place and at several: the coder stays in float32, and learns."""
+    more = {"train.model_loss": name, "train.model_loss_fraction": 1.0, "model.dtype": "bfloat16"}
+    more |= {"train.reconstruction_weight": 0.0, "train.model_loss_weight": WEIGHTS[kind]}
+    more |= {"train.tokens": 6 * 128, "train.lr": 5e-3, "train.warmup_fraction": 0.0, **SITES[kind]}
     folder = run(configured(tiny_config, **more))
-    assert read_metrics(folder)[-1]["model"] > 0
+    logged = [row["model"] for row in read_metrics(folder)]
+    assert all(value > 0 for value in logged)
+    coder = sae.load(folder)
+    assert coder.W_dec.dtype == torch.float32
+    start = SparseCoder.create(coder.d_in, coder.cfg, seed=0, sites=coder.sites)
+    moved = (coder.W_dec / coder.W_dec.norm(dim=1, keepdim=True) - start.W_dec).abs()
+    assert moved.max() > 1e-3
     assert Accelerator().num_processes == 1
 
 

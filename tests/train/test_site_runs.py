@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sae
 import sae.stream.opening as opening
-from sae.analysis import ablate, splice
+from sae.analysis import ablate, head_shares, places_of_latents, splice
 from sae.cli import main
 from sae.configuration import from_command_line, from_flat
 from sae.evals.evaluable import Evaluable
@@ -28,6 +29,7 @@ from sae.train.plan import plan
 MLP, OUT = "model.layers.1.mlp:in", "model.layers.1.mlp"
 LAYERS = ("model.layers.0.mlp:in,model.layers.2.mlp:in", "model.layers.0.mlp,model.layers.2.mlp")
 KINDS: dict[str, dict[str, Any]] = {
+    "heads": {"coder.site": "sae", "model.hookpoint": "model.layers.1.self_attn.o_proj:in"},
     "transcoder": {"coder.site": "transcoder", "model.hookpoint": MLP, "model.target": OUT},
     "skip": {
         "coder.site": "transcoder",
@@ -46,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.target": LAYERS[1],
         "coder.activation": "jumprelu",
         "coder.target_l0": 4.0,
+        "coder.k": 32,  # the default: of another one, which does nothing here, users are warned
     },
     "cross_layer_topk": {
         "coder.site": "cross_layer",
@@ -100,6 +103,8 @@ def test_a_run_trains_is_measured_and_reported(
     assert (folder / "report.html").stat().st_size > 10_000
     coder = sae.load(folder)
     assert coder.cfg.site == KINDS[kind]["coder.site"]
+    if kind == "heads":
+        torch.testing.assert_close(head_shares(coder, 4).sum(0), torch.ones(48))
     assert coder.metadata["hook_name"] == KINDS[kind]["model.hookpoint"]
     # A dictionary alone remembers where it reads and writes.
     shutil.copytree(folder / "final", tmp_path / "alone")
@@ -120,21 +125,31 @@ def test_a_crosscoder_of_two_models(tiny_config: Path, perturbed: Path):
     main(["eval", str(folder), "--eval.tokens", "300", "--eval.downstream_tokens", "200"])
     found = json.loads((folder / "results.json").read_text())["metrics"]
     assert found["ce_clean"] > 0
+    main(["report", str(folder), "--report.tokens", "300"])
+    page = (folder / "report.html").read_text()
+    places = places_of_latents(coder)
+    assert places.names == ("model.layers.1", "other/model.layers.1")
+    assert all(f"share of the norm at {name}" in page for name in places.names)
+    assert re.search(
+        r"Of \d+ latents that fire: \d+ shared by all, \d+ of several, \d+ model", page
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The fused training step")
-def test_a_run_is_resumed_and_goes_on_alike(tiny_config: Path, tmp_path: Path):
-    whole = run(configured(tiny_config, KINDS["skip"]))
-    cfg = configured(tiny_config, KINDS["skip"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_resumed_and_goes_on_alike(kind: str, tiny_config: Path, tmp_path: Path):
+    cfg = configured(tiny_config, KINDS[kind])
+    whole = run(cfg)
     cfg = replace(cfg, run=replace(cfg.run, folder=str(tmp_path / "parts")))
     run(cfg)
     newest = sorted((tmp_path / "parts/checkpoints").iterdir())[-1]
     shutil.rmtree(newest)  # as if it had been killed before the last one
     shutil.rmtree(tmp_path / "parts/final")
     run(replace(cfg, train=replace(cfg.train, resume="auto")))
-    mine, again = sae.load(whole).state_dict(), sae.load(tmp_path / "parts").state_dict()
-    for name, value in mine.items():
-        assert torch.equal(value, again[name]), name
+    mine, again = sae.load(whole), sae.load(tmp_path / "parts")
+    assert mine.metadata == again.metadata
+    for name, value in mine.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 @pytest.mark.filterwarnings("ignore:The fused training step")

@@ -3,6 +3,7 @@
     python scripts/bench_fleet.py                          # eight coders, rows from memory
     python scripts/bench_fleet.py --activations shards/my  # harvested ones
     python scripts/bench_fleet.py --gflop-per-token 0.1    # a forward's cost is paid for each token
+    python scripts/bench_fleet.py --out docs/benchmarks    # and keep the figures, with the machine
 
 A round is one training step of every coder: in sequence each coder takes a batch of its own stream
 and steps, in the fleet all step on one batch. Rounds of both alternate, each half of them first, so
@@ -15,18 +16,24 @@ model, `--gflop-per-token` (2 · the parameters below the hookpoint · 1e-9, div
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from benchmarking import machine
+from benchmarking.results import free_path
 from torch import Tensor
 
 from sae.coder.sites import Sites
 from sae.config import Config
 from sae.configuration import from_flat
+from sae.files import write_json, write_text
 from sae.stream.arrays import open_source
 from sae.stream.opening import pick_device
 from sae.train.distributed import make_accelerator
@@ -100,7 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     n_streams = sum(len(contender.crews) for contender in contenders)
     batch_seconds = stream.seconds / (options.rounds * n_streams)
     figures = figures_of(contenders, batch_seconds)
-    report(options, device, contenders, figures)
+    document = document_of(options, device, contenders, figures)
+    print(as_markdown(document))
+    if options.out:
+        path = free_path(options.out, f"{document['date']}-{machine.slug(device)}-fleet")
+        write_json(path, document)
+        write_text(path.with_suffix(".md"), as_markdown(document))
+        print(f"Written: {path} and {path.with_suffix('.md').name}")
     return figures
 
 
@@ -181,29 +194,51 @@ def figures_of(contenders: Sequence[Contender], batch_seconds: float) -> dict[st
     }
 
 
-def report(
+def document_of(
     options: argparse.Namespace,
     device: torch.device,
     contenders: Sequence[Contender],
     figures: dict[str, float],
-) -> None:
-    """Print machine, shape and figures."""
-    facts = machine.describe(device, None)
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    print(f"{facts['device']}, {torch.get_num_threads()} threads; load averages {load}")
-    print(
-        f"{options.coders} coders, n {options.batch}, d {options.d}, d_sae {options.d_sae}, "
-        f"k {options.k}; {options.rounds} rounds; {options.gflop_per_token} GFLOP a token"
-    )
-    for contender, name in zip(contenders, ("sequence", "fleet"), strict=True):
-        print(
-            f"{contender.name:12} {figures[f'{name}_seconds'] * 1e3:9.1f} ms a round, stream "
-            f"{figures[f'{name}_stream_share']:.1%}"
-        )
-    print(
-        f"ratio {figures['ratio']:.3f} (quartiles {figures['ratio_low']:.3f} to "
-        f"{figures['ratio_high']:.3f})"
-    )
+) -> dict[str, Any]:
+    """Return machine, shape and figures."""
+    names = ("coders", "batch", "d", "d_sae", "k", "rounds", "gflop_per_token")
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join(["python scripts/bench_fleet.py", *sys.argv[1:]]),
+        "machine": machine.describe(device, options.commit),
+        "load_averages": [round(value, 2) for value in os.getloadavg()],
+        "shape": {name: getattr(options, name) for name in names},
+        "seconds_a_round": {c.name: [round(s, 4) for s in c.seconds] for c in contenders},
+        **figures,
+    }
+
+
+def as_markdown(document: dict[str, Any]) -> str:
+    """Return the document as a page."""
+    about, shape = document["machine"], document["shape"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["packages"].items() if v)
+    changes = ", with uncommitted changes" if about["uncommitted_changes"] else ""
+    load = ", ".join(f"{value:.2f}" for value in document["load_averages"])
+    lines = [
+        f"# A fleet on {about['device']}, {document['date']}",
+        "",
+        f"```\n{document['command']}\n```",
+        "",
+        f"- commit: {about['commit']}{changes}",
+        f"- versions: python {about['python']}, {versions}",
+        f"- CPU threads: {about['cpu_threads']}; load averages at the end {load}",
+        f"- {shape['coders']} coders, n {shape['batch']}, d {shape['d']}, d_sae {shape['d_sae']}, "
+        f"k {shape['k']}; {shape['rounds']} rounds; {shape['gflop_per_token']} GFLOP a token",
+        f"- ratio {document['ratio']:.3f} (quartiles {document['ratio_low']:.3f} to "
+        f"{document['ratio_high']:.3f})",
+        "",
+        "| | ms a round | stream |",
+        "|---|---:|---:|",
+    ]
+    for name, key in zip(document["seconds_a_round"], ("sequence", "fleet"), strict=True):
+        share, seconds = document[f"{key}_stream_share"], document[f"{key}_seconds"]
+        lines.append(f"| {name} | {seconds * 1e3:.1f} | {share:.1%} |")
+    return "\n".join(lines) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,6 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--activations", help="a file or a harvest in place of made rows")
     parser.add_argument("--gflop-per-token", type=float, default=0.0, help="a forward's cost")
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and Markdown")
+    parser.add_argument("--commit", help="the commit to note, where there is no git repository")
     return parser
 
 

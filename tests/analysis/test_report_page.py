@@ -98,6 +98,37 @@ def test_scores_of_evals_order_the_list_and_stand_on_cards(opened_page: Page, re
     assert "explanation: texts, AUROC" in card
 
 
+def test_each_eval_has_a_page_and_one_shows_at_a_time(opened_page: Page, reported_run: Path):
+    page, results = opened_page.page, read_results(reported_run / "results.json")
+    assert page.locator(".eval-tabs a").count() == len(results.evals)
+    assert page.locator(".eval-page:visible").count() == 1
+    for name in ("downstream", "interventions"):
+        page.click(f"#tab-{name}")
+        assert page.locator(".eval-page:visible").get_attribute("id") == f"eval-{name}"
+        assert page.url.endswith(f"#eval-{name}")
+        rows = page.locator(f"#eval-{name} tr:visible").count()
+        n_metrics = sum("/" not in metric for metric in results.evals[name].metrics)
+        assert rows in (n_metrics, n_metrics + 1), name  # with the head, where there is room
+    text = page.inner_text("#eval-interventions")
+    assert "Does a latent act as it reads?" in text
+    assert "absorption" in text
+    page.keyboard.press("ArrowUp")
+    assert not page.url.endswith("#eval-interventions")
+    page.goto(page.url.partition("#")[0] + "#eval-sparsity")
+    assert page.locator(".eval-page:visible").get_attribute("id") == "eval-sparsity"
+
+
+def test_an_evals_page_leads_to_the_latents_in_its_order(opened_page: Page, reported_run: Path):
+    page, results = opened_page.page, read_results(reported_run / "results.json")
+    scores = results.arrays["autointerp/latents/fuzzing_auroc"]
+    page.click("#tab-autointerp")
+    assert page.locator("#eval-autointerp .score svg").count() == 2
+    page.locator("#eval-autointerp .score button").nth(1).click()
+    shown = [float(scores[latent]) for latent in opened_page.rows()]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == float(scores[~scores.isnan()].max())
+
+
 def test_search_by_id_and_by_text(opened_page: Page, opened_run: OpenedRun):
     page, atlas = opened_page.page, opened_run.atlas
     page.select_option("#scope", "id")

@@ -18,7 +18,16 @@ from sae.files import write_text
 
 REPORT_FILE = "report.html"
 # In order: later scripts use names of earlier ones.
-SCRIPTS = ("data.js", "text.js", "charts.js", "search.js", "list.js", "card.js", "page.js")
+SCRIPTS = (
+    "data.js",
+    "text.js",
+    "charts.js",
+    "search.js",
+    "list.js",
+    "card.js",
+    "evals.js",
+    "page.js",
+)
 
 
 def write_report(

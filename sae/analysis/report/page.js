@@ -124,6 +124,17 @@ function bindLatents(data) {
   else if (!isNarrow.matches) showFirst(list, explorer, data, (latent) => drawCard($("card"), data, latent, {
     onBack: back, onStep: (step) => open(list.move(step), false),
   }));
+
+  /** Put the list in the order of a score and go there. */
+  function sortBy(key) {
+    $("sort").value = key;
+    refresh();
+    explorer.classList.remove("has-card");
+    if (!isNarrow.matches) open(list.move(0), false);
+    show($("latents"));
+  }
+
+  return { sortBy };
 }
 
 /** On a wide page the card is never empty: the first latent shows, without changing the address. */
@@ -186,7 +197,8 @@ async function start() {
   addMeasuredSorts(data);
   drawCurves(data);
   drawRates(data);
-  bindLatents(data);
+  const { sortBy } = bindLatents(data);
+  bindEvals(data, sortBy);
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -6,6 +6,7 @@ its part of the page is. A few figures stand on top; everything measured is in t
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,7 @@ def _tables(results: EvalResults | None) -> list[dict[str, Any]]:
             "rows": rows,
             "made_from": _made_from(results, name),
             "misses": _misses(name),
+            "asks": _asks(name),
         }
         for name, rows in groups.items()
     ]
@@ -192,6 +194,13 @@ def _misses(name: str) -> str:
     """Return the defects that an eval cannot see, in words."""
     rows = {str(key): row for key, row in EVALS.items()}
     return ", ".join(rows[name].cannot_see) if name in rows else ""
+
+
+def _asks(name: str) -> str:
+    """Return the first line of what an eval's module says of itself."""
+    rows = {str(key): row for key, row in EVALS.items()}
+    module = inspect.getmodule(rows[name].make) if name in rows else None
+    return (module.__doc__ or "").partition("\n")[0] if module else ""
 
 
 def format_value(value: float, kind: str = "number") -> str:

@@ -296,10 +296,22 @@ def print_results(results: EvalResults, cfg: Config) -> None:
     for row in table_rows(results):
         if row.group != before:
             table.add_section()
-            table.add_row(f"[bold]{row.group}[/bold]")
+            seconds = seconds_of(results, row.group)
+            table.add_row(f"[bold]{row.group}[/bold] [dim]{seconds}[/dim]")
         table.add_row(row.label, row.value, row.interval)
         before = row.group
+    shared = {name: f"{spent:.1f} s" for name, spent in origin["seconds"].items()}
+    table.caption = "shared by all: " + ", ".join(
+        f"{name} {spent}" for name, spent in shared.items()
+    )
+    table.caption_justify = "left"
     Console().print(table)
+
+
+def seconds_of(results: EvalResults, name: str) -> str:
+    """Return the time that an eval took beside the passes that it shares with others."""
+    records = {str(key): record for key, record in results.evals.items()}
+    return f"took {records[name].seconds:.1f} s" if name in records else ""
 
 
 def say(text: str) -> None:

@@ -32,6 +32,8 @@ def test_eval_writes_results_and_a_table(finished_run: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "held-out tokens" in printed
     assert "loss recovered" in " ".join(printed.split())
+    assert printed.count("took ") == len(results["evals"])
+    assert "shared by all: capture " in printed
 
 
 def test_eval_of_chosen_measures_to_another_file(finished_run: Path, tmp_path: Path):

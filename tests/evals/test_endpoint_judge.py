@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_answers import word_reader
 from judging_texts import SETTINGS, SETUP, text_batch
 
 from sae.config import EvalConfig
 from sae.evals.judging.autointerp import Autointerp
-from sae.evals.judging.endpoint import EndpointJudge, parse_scores
+from sae.evals.judging.endpoint import EndpointJudge
 from sae.evals.judging.judge import Evidence, Example, Unreachable
+from sae.evals.judging.prompts import parse_scores
 
 Reply = tuple[int, str]
 TEXTS = [Example((" a", " dog")), Example((" a", " cat"))]
@@ -33,6 +35,7 @@ class Server:
         self.started: list[float] = []
         self.answer: Callable[[str], Reply] = lambda _: (200, "[10, 0]")
         self.retry_after: str | None = None
+        self.raw: bytes | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,7 +46,7 @@ class Server:
                 server.headers.append(dict(self.headers))
                 status, text = server.answer(body["messages"][0]["content"])
                 message = {"choices": [{"message": {"content": text}}]}
-                reply = json.dumps(message).encode()
+                reply = json.dumps(message).encode() if server.raw is None else server.raw
                 self.send_response(status)
                 if server.retry_after:
                     self.send_header("Retry-After", server.retry_after)
@@ -155,7 +158,8 @@ def test_no_more_requests_begin_than_allowed(server: Server, settings: EvalConfi
     judge = EndpointJudge(replace(settings, judge_requests_per_minute=600))
     for word in ("dogs", "cats", "mice"):
         judge.score(word, TEXTS)
-    assert server.started[2] - server.started[0] >= 0.19
+    # What the server sees is later by what its threads wait, most where the first waits longest.
+    assert server.started[2] - server.started[0] >= 0.15
 
 
 def test_the_key_is_sent_and_a_missing_one_named(
@@ -193,19 +197,7 @@ def test_nonsense_is_no_answer(answer: str) -> None:
 def test_autointerp_asks_it_and_says_the_cost_first(
     server: Server, settings: EvalConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def answer(content: str) -> Reply:
-        """Explain by the word in marks; be sure of the texts in which it stands."""
-        lines = [line.partition(". ")[2] for line in content.splitlines() if line[:1].isdigit()]
-        if "have in common" in content:
-            return 200, f"the word {lines[0].partition('«')[2].partition('»')[0].strip()}"
-        word = content.partition("fire on: the word ")[2].split("\n")[0].strip()
-        mark = "«" if "«" in lines[0] else ""
-        found = [
-            f"{mark} {word}" in line.replace("»", " ").replace('"', " ") + " " for line in lines
-        ]
-        return 200, json.dumps([10 * int(is_there) for is_there in found])
-
-    server.answer = answer
+    server.answer = lambda content: (200, word_reader(content))
     few = replace(settings, judge_latents=6)
     autointerp = Autointerp(replace(SETUP, settings=few))
     autointerp.update(text_batch())
@@ -220,3 +212,58 @@ def test_autointerp_asks_it_and_says_the_cost_first(
     again.update(text_batch())
     assert again.compute() == metrics
     assert len(server.bodies) == n_asked
+
+
+def test_shuffled_latents_and_swapped_explanations_are_chance(
+    server: Server, settings: EvalConfig
+) -> None:
+    server.answer = lambda content: (200, word_reader(content))
+    found = []
+    for shuffle in (False, True):
+        few = replace(settings, judge_latents=16)
+        autointerp = Autointerp(replace(SETUP, settings=few))
+        autointerp.update(text_batch(shuffle=shuffle))
+        found.append(autointerp.compute())
+    honest, shuffled = found
+    low, high = (honest[f"detection_auroc_swapped/{end}"] for end in ("low", "high"))
+    assert low <= 0.5 <= high  # type: ignore[operator]
+    for name in ("detection_auroc", "fuzzing_auroc"):
+        low, high = (shuffled[f"{name}/{end}"] for end in ("low", "high"))
+        assert low <= 0.5 <= high, name  # type: ignore[operator]
+
+
+def test_an_endpoint_that_is_away_or_answers_nonsense_is_reported(
+    server: Server, settings: EvalConfig
+) -> None:
+    few = replace(settings, judge_latents=10, judge_tries=1)
+
+    def asked() -> dict:
+        autointerp = Autointerp(replace(SETUP, settings=few))
+        autointerp.update(text_batch())
+        return dict(autointerp.compute())
+
+    server.answer = lambda _: (200, "I would rather not say.")
+    nonsense = asked()
+    assert nonsense["judge_invalid"] == 1
+    assert nonsense["detection_auroc"] == 0
+    server.answer = lambda _: (500, "")
+    few = replace(few, judge_cache=f"{few.judge_cache}_other")
+    away = asked()
+    assert away["judge_unreached"] == pytest.approx(1 - away["judge_unscored"])
+    assert "status 500" in away["detection_auroc"].reason
+
+
+def test_nobody_there_is_out_of_reach(settings: EvalConfig) -> None:
+    nobody = replace(settings, judge_url="http://127.0.0.1:9/v1", judge_tries=2)
+    with pytest.raises(Unreachable, match="gave no answer"):
+        EndpointJudge(nobody).score("dogs", TEXTS)
+
+
+@pytest.mark.parametrize("reply", [b"not json", b"{}", b'{"choices": []}'])
+def test_a_reply_that_is_not_of_the_protocol_is_no_answer(
+    server: Server, settings: EvalConfig, reply: bytes
+) -> None:
+    server.raw = reply
+    with pytest.raises(Unreachable, match="gave no answer"):
+        EndpointJudge(settings).score("dogs", TEXTS)
+    assert len(server.bodies) == 3

@@ -10,7 +10,7 @@ a run that was cut off goes on and the same questions are never paid twice.
 The key is read from the environment variable that `eval.judge_key` names; it is never printed or
 written. What it costs: before the first request of a kind the log says about how many tokens all of
 them will take, a token for every four characters.
-Source: prompts ours; the task after Paulo et al. 2024 (arXiv 2410.13928).
+What is asked, and how answers are read: `prompts`.
 Cannot see: whether the endpoint's model changed under its name; a cached answer stays.
 """
 
@@ -21,7 +21,6 @@ import http.client
 import json
 import logging
 import os
-import re
 import threading
 import time
 import urllib.error
@@ -31,6 +30,12 @@ from pathlib import Path
 
 from sae.config import EvalConfig
 from sae.evals.judging.judge import Confidence, Evidence, Example, Unreachable
+from sae.evals.judging.prompts import (
+    ask_to_explain,
+    ask_to_score,
+    parse_scores,
+    read_explanation,
+)
 from sae.files import write_json
 
 LOG = logging.getLogger("sae.evals")
@@ -39,15 +44,6 @@ LONGEST_PAUSE_SECONDS = 60.0
 NO_ANSWER = (ValueError, KeyError, IndexError, TypeError)
 """What reading a reply raises that is not of the protocol."""
 MAY_PASS = (408, 409, 425, 429)
-EXPLAIN = """Each text below has the tokens on which one unit of a neural network fires in «».
-Say in one short sentence what these tokens, or what stands before them, have in common. \
-Answer with that sentence alone."""
-SCORE_TEXTS = """A unit of a neural network is said to fire on: {explanation}
-For each of the {n} texts below say how sure you are that it fires somewhere in it, from 0 (no) to \
-10 (yes). Answer with a JSON list of {n} numbers alone."""
-SCORE_MARKS = """A unit of a neural network is said to fire on: {explanation}
-In each of the {n} texts below some tokens are in «». Say how sure you are that it fires on just \
-these, from 0 (no) to 10 (yes). Answer with a JSON list of {n} numbers alone."""
 
 
 class EndpointJudge:
@@ -76,16 +72,11 @@ class EndpointJudge:
 
     def explain(self, evidence: Evidence) -> str:
         """Return one sentence on what the firing tokens have in common."""
-        texts = [e.with_marks(e.firing) for e in evidence.firing]
-        return " ".join(self._ask(EXPLAIN, texts).split())
+        return read_explanation(self._ask(ask_to_explain(evidence)))
 
     def score(self, explanation: str, examples: Sequence[Example]) -> list[Confidence]:
         """Return numbers from 0 to 10; None for all where the answer is no list of as many."""
-        has_marks = any(example.marked for example in examples)
-        form = SCORE_MARKS if has_marks else SCORE_TEXTS
-        texts = [e.with_marks(e.marked) if has_marks else e.text for e in examples]
-        question = form.format(explanation=explanation or "nothing known", n=len(texts))
-        return parse_scores(self._ask(question, texts), len(texts))
+        return parse_scores(self._ask(ask_to_score(explanation, examples)), len(examples))
 
     def announce(self, n_latents: int) -> None:
         """Log about what asking for `n_latents` latents will take."""
@@ -102,10 +93,8 @@ class EndpointJudge:
             self.settings.judge_cache,
         )
 
-    def _ask(self, question: str, texts: Sequence[str]) -> str:
+    def _ask(self, content: str) -> str:
         """Return the answer, from the cache where it is there."""
-        lines = [f"{i}. {json.dumps(t, ensure_ascii=False)}" for i, t in enumerate(texts, 1)]
-        content = f"{question}\n\n" + "\n".join(lines)
         asked = json.dumps([self.settings.judge_url, self.settings.judge_model, content])
         digest = hashlib.sha256(asked.encode()).hexdigest()
         path = Path(self.settings.judge_cache).expanduser() / f"{digest}.json"
@@ -159,18 +148,6 @@ class EndpointJudge:
             start = max(time.monotonic(), self._next_start)
             self._next_start = start + 60.0 / self.settings.judge_requests_per_minute
         time.sleep(max(start - time.monotonic(), 0.0))
-
-
-def parse_scores(answer: str, n: int) -> list[Confidence]:
-    """Return the first JSON list of `n` numbers in an answer; n times None where there is none."""
-    for found in re.findall(r"\[[^\[\]]*\]", answer):
-        try:
-            numbers = json.loads(found)
-        except ValueError:
-            continue
-        if len(numbers) == n and all(type(number) in (int, float) for number in numbers):
-            return [float(number) for number in numbers]
-    return [None] * n
 
 
 def _key(settings: EvalConfig) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from sae.config import EvalConfig, JudgeName
 from sae.evals.judging.endpoint import EndpointJudge
 from sae.evals.judging.judge import Judge
+from sae.evals.judging.local_model import LocalModelJudge
 from sae.evals.judging.rules import RuleJudge
 
 JUDGES: dict[JudgeName, Callable[[EvalConfig], Judge]] = {
     "rules": lambda _: RuleJudge(),
     "endpoint": EndpointJudge,
+    "local_model": LocalModelJudge,
 }
 
 

@@ -29,8 +29,9 @@ EvalName = Literal[
     "ground_truth",
     "autointerp",
     "perturbation",
+    "interventions",
 ]
-JudgeName = Literal["rules", "endpoint"]
+JudgeName = Literal["rules", "endpoint", "local_model"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 ModelLossName = Literal["none", "kl", "ce"]
@@ -951,13 +952,13 @@ class EvalConfig:
 
     judge: JudgeName = "rules"
     """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline;
-    endpoint: a model behind an OpenAI-compatible address."""
+    endpoint: a model behind an OpenAI-compatible address; local_model: a model on this machine."""
 
     judge_url: str | None = None
     """Address of the judge's endpoint, before /chat/completions."""
 
     judge_model: str | None = None
-    """Name of the model at the judge's endpoint."""
+    """Name of the model at the judge's endpoint; of local_model, a name as `model.name` has."""
 
     judge_key: str | None = None
     """Environment variable that holds the endpoint's key; None: it needs none."""
@@ -983,8 +984,17 @@ class EvalConfig:
     judge_examples: int = 20
     """Texts of each kind that the judge is shown, and asked about, for a latent; at least 4."""
 
+    intervention_latents: int = 32
+    """Latents that are ablated and steered with (`interventions`), drawn uniformly from those that
+    fire often enough; the model's forwards grow with it."""
+
     def __post_init__(self) -> None:
-        for name, least in (("judge_latents", 1), ("judge_examples", 4), ("judge_tries", 1)):
+        for name, least in (
+            ("judge_latents", 1),
+            ("judge_examples", 4),
+            ("judge_tries", 1),
+            ("intervention_latents", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"`eval.{name}` must be at least {least}; got {getattr(self, name)}. Raise it."

@@ -76,7 +76,7 @@ def tiny_run_tree(tiny_lm_folder: Path, tiny_text_file: Path) -> dict[str, dict]
         "stream": {"buffer_tokens": 1000, "calibration_sequences": 8},
         "coder": {"d_sae": 96, "k": 4},
         "train": {"tokens": 5120, "batch_tokens": 128},
-        "eval": {"tokens": 1000, "downstream_tokens": 400},
+        "eval": {"tokens": 1000, "downstream_tokens": 400, "intervention_latents": 4},
         "report": {"tokens": 4000, "contexts_per_latent": 3},
     }
 

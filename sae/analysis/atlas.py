@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.analysis.features import Encodes, Features, collect_features
-from sae.analysis.logit_effects import LogitEffects, find_readout, logit_effects
+from sae.analysis.logit_effects import LogitEffects, logit_effects
 from sae.analysis.neighbours import Neighbours, nearest_latents
 from sae.analysis.strongest import NO_TOKEN
+from sae.evals.readout import find_readout
 from sae.files import read_json, write_json, write_tensors
 from sae.stream.contexts import CapturedContexts
 from sae.stream.language_model import LanguageModel

@@ -81,6 +81,16 @@ class Evaluable:
             return self.written(x)
         return torch.cat([self.encode_decode(x[rows])[1] for rows in self.chunks(len(x))])
 
+    def change(self, x: Tensor, code: Latents, edited: Latents) -> Tensor:
+        """Return what x_hat changes by, (n, d_out), where the code of rows x becomes `edited`."""
+        given = self._as_input(self.sites.read(x))
+        is_sparse = hasattr(self.coder, "encode_sparse")
+        parts = []
+        for one in (code, edited):
+            here = Latents(one.values.to(given), one.indices.to(given.device))
+            parts.append(self._decode(here if is_sparse else here.to_dense(self.d_sae), given))
+        return (parts[1] - parts[0]).to(x.device)
+
     def written(self, x: Tensor) -> Tensor:
         """Return what rows x (n, Σ widths) hold at the places that are written, (n, d_out)."""
         return self.sites.written(x)

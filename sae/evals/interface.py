@@ -99,12 +99,14 @@ class ContextBatch:
         latents: (n, k) each, of the tokens that are not masked, row after row.
         kept: (n) int64, where those tokens lie in the flattened (b · t).
         lm: whose tokenizer reads the tokens; None where no language model gave the activations.
+        places: where the coder reads and writes in it; None alike.
     """
 
     contexts: CapturedContexts
     latents: Latents
     kept: Tensor
     lm: LanguageModel | None = None
+    places: Places | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Targeted probe perturbation on a world: does ablating a concept's latents remove that concept?
 
-For each of the `N_CONCEPTS` most frequent features c a linear probe w_c (class-balanced least
-squares on x) says whether c is on. The n latents whose mean is larger by most on rows with c than
+For each of the `N_CONCEPTS` most frequent features c a linear probe (`targeted`) says whether c is
+on. The n latents whose mean is larger by most on rows with c than
 without, S_c, are ablated with the error term kept, x − Σ_{k in S_c} z_k d_k, and with A the
 balanced accuracy of probes,
     effect(c, c') = A_c' before − A_c' after ablating S_c
@@ -27,12 +27,12 @@ from sae.coder.latents import Latents
 from sae.evals.blocks import N_BLOCKS
 from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import EvalSetup, Label, Seen, Undefined, Value
+from sae.evals.targeted import Hits, Probes
 from sae.evals.truth import Truth, TruthBatch
 
 N_ROWS = 16_384
 N_CONCEPTS = 32
 SIZES = (1, 5)
-RIDGE = 1e-3
 NO_CONCEPT = "fewer than two features are both on and off in each half of the rows"
 
 LABELS = {
@@ -84,15 +84,19 @@ class Perturbation:
         if int(usable.sum()) < 2:
             return dict.fromkeys(LABELS, Undefined(NO_CONCEPT))
         is_on = is_on[:, usable]
-        fitted = _Fitted(x[is_train], dense[is_train], is_on[is_train])
+        fitted = Probes(x[is_train], is_on[is_train])
+        contrast = fitted.on_less_off.T @ dense[is_train]
         scored = (x[~is_train], dense[~is_train])
-        changes = self._changes(fitted, *scored)
+        changes = self._changes(fitted, contrast, *scored)
         blocks = (numbers[~is_train] // 2) % N_BLOCKS
-        hits = _Hits(fitted.scores(scored[0]), is_on[~is_train], blocks)
+        hits = Hits(fitted.scores(scored[0]), is_on[~is_train], blocks)
         present = torch.zeros(N_BLOCKS, dtype=torch.bool)
         present[blocks] = True
         return with_intervals(
-            lambda weights: hits.metrics(weights, changes),
+            lambda weights: {
+                "tpp_probe_accuracy": hits.accuracy(weights),
+                **hits.gaps(weights, changes),
+            },
             present,
             seed=self.setup.seed,
             n_resamples=self.setup.n_resamples,
@@ -117,12 +121,18 @@ class Perturbation:
         order = numbers.argsort(stable=True)
         return numbers[order], x[order], dense[order], is_on[order]
 
-    def _changes(self, fitted: _Fitted, x: Tensor, dense: Tensor) -> dict[str, Tensor]:
-        """Return by metric what is subtracted from the probes' scores, (concepts, n, probes)."""
+    def _changes(
+        self, fitted: Probes, contrast: Tensor, x: Tensor, dense: Tensor
+    ) -> dict[str, Tensor]:
+        """Return by metric what is subtracted from the probes' scores, (concepts, n, probes).
+
+        Shapes: contrast (concepts, d_sae), how much more each latent fires on each concept.
+        """
         generator = torch.Generator().manual_seed(self.setup.seed)
         n_concepts = fitted.probes.shape[1]
         read = self.truth.decoder.float() @ fitted.probes
-        by_latent = {f"tpp_{n}": fitted.latents(n) for n in SIZES if n <= self.setup.d_sae}
+        sizes = [n for n in SIZES if n <= self.setup.d_sae]
+        by_latent = {f"tpp_{n}": contrast.topk(n, dim=1).indices for n in sizes}
         by_latent["tpp_random_latent"] = torch.randint(
             self.setup.d_sae, (n_concepts, 1), generator=generator
         )
@@ -133,66 +143,5 @@ class Perturbation:
             for name, latents in by_latent.items()
         }
         for name, rows in directions.items():
-            unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            along = (x - fitted.mean) @ unit.T
-            changes[name] = along.T[:, :, None] * (unit @ fitted.probes)[:, None, :]
+            changes[name] = fitted.along(rows, x)
         return changes
-
-
-class _Fitted:
-    """Probes, and what tells a concept's rows from others, from the rows for fitting.
-
-    Shapes: x (n, d), dense (n, d_sae), is_on (n, concepts); probes (d, concepts).
-    """
-
-    def __init__(self, x: Tensor, dense: Tensor, is_on: Tensor) -> None:
-        on, off = (part.float() / part.sum(0) for part in (is_on, ~is_on))
-        self.mean = x.mean(0)
-        self.difference = (on - off).T @ x
-        self.contrast = (on - off).T @ dense
-        centred = x - self.mean
-        covariance = centred.T @ centred / len(x)
-        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp_min(1e-12))
-        self.probes = torch.linalg.solve(covariance, self.difference.T)
-        middle = (on + off).T @ centred / 2
-        self.thresholds = (middle.T * self.probes).sum(0)
-
-    def latents(self, n: int) -> Tensor:
-        """Return each concept's n latents of the largest contrast, (concepts, n)."""
-        return self.contrast.topk(n, dim=1).indices
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Return the probes' scores (n, concepts); above 0 a probe says that its concept is on."""
-        return (x - self.mean) @ self.probes - self.thresholds
-
-
-class _Hits:
-    """Balanced accuracies of probes by weighted blocks of rows."""
-
-    def __init__(self, scores: Tensor, is_on: Tensor, blocks: Tensor) -> None:
-        self.scores, self.is_on, self.blocks = scores, is_on, blocks
-        self.n_on, self.n_off = self._by_block(is_on), self._by_block(~is_on)
-
-    def metrics(self, weights: Tensor, changes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return every metric for weights (r, blocks), (r) each."""
-        before = self._accuracy(weights, self.scores)
-        found = {"tpp_probe_accuracy": before.mean(1)}
-        for name, change in changes.items():
-            gap = torch.zeros(len(weights), dtype=torch.float64)
-            for concept, subtracted in enumerate(change):
-                effect = before - self._accuracy(weights, self.scores - subtracted)
-                own = effect[:, concept]
-                gap += own - (effect.sum(1) - own) / (effect.shape[1] - 1)
-            found[name] = gap / len(change)
-        return found
-
-    def _accuracy(self, weights: Tensor, scores: Tensor) -> Tensor:
-        """Return each probe's balanced accuracy, (r, probes)."""
-        says = scores > 0
-        right_on = weights @ self._by_block(says & self.is_on) / (weights @ self.n_on)
-        right_off = weights @ self._by_block(~says & ~self.is_on) / (weights @ self.n_off)
-        return (right_on + right_off) / 2
-
-    def _by_block(self, counted: Tensor) -> Tensor:
-        sums = torch.zeros(N_BLOCKS, counted.shape[1], dtype=torch.float64)
-        return sums.index_add_(0, self.blocks, counted.double())

@@ -9,6 +9,7 @@ from typing import cast
 from sae.config import EvalName
 from sae.evals import downstream, geometry, ground_truth, perturbation, reconstruction, sparsity
 from sae.evals.interface import DEFECTS, EvalRow
+from sae.evals.intervening import interventions
 from sae.evals.judging import autointerp
 
 FITS_X = ("absorption", "splitting", "noise fitting")
@@ -42,6 +43,14 @@ EVALS: dict[EvalName, EvalRow] = {
         "full",
         autointerp.CANNOT_SEE,
         autointerp.LATENT_LABELS,
+    ),
+    "interventions": EvalRow(
+        interventions.Interventions,
+        "contexts",
+        interventions.LABELS,
+        "full",
+        interventions.CANNOT_SEE,
+        interventions.LATENT_LABELS,
     ),
 }
 

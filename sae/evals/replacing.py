@@ -10,7 +10,7 @@ it (the replacement model of Ameisen et al. 2025, "Circuit Tracing", without err
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -105,6 +105,29 @@ def replaced(
     with ExitStack() as hooks:
         for number, place in enumerate(places.written):
             hooks.enter_context(edit(lm.module, place, writer(number)))
+        yield
+
+
+@contextmanager
+def changed(lm: LanguageModel, places: Places, changes: Sequence[Tensor]) -> Iterator[None]:
+    """Let every forward of the block add to what it has at the places that are written.
+
+    What the coder does not explain stays: only an edit of its code (`Evaluable.change`) acts.
+
+    Args:
+        changes: (b·t, width) for each written place; where 0, the model is as it is.
+    """
+
+    def adder(change: Tensor) -> Callable[[Tensor], Tensor]:
+        def add(activation: Tensor) -> Tensor:
+            added = change.to(activation.device).reshape(activation.shape)
+            return (activation + added).to(activation.dtype)
+
+        return add
+
+    with ExitStack() as hooks:
+        for place, change in zip(places.written, changes, strict=True):
+            hooks.enter_context(edit(lm.module, place, adder(change)))
         yield
 
 

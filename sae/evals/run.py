@@ -105,7 +105,7 @@ def evaluate(
         with clock.timed("capture"):
             captured = capture(batch)
         latents = _update(shared, on_activations, captured, ready, capture.place, clock)
-        _update_on_contexts(on_contexts, captured, latents, lm, clock)
+        _update_on_contexts(on_contexts, captured, latents, capture, clock)
         tell("activations", shared.seen.n_tokens, wanted)
     shared.require_tokens()
 
@@ -213,13 +213,14 @@ def _update_on_contexts(
     evals: Evals,
     captured: CapturedContexts,
     latents: Latents,
-    lm: LanguageModel | None,
+    capture: Capture,
     clock: Clock,
 ) -> None:
     kept = captured.is_kept.flatten().nonzero()[:, 0].to(latents.indices.device)
+    batch = ContextBatch(captured, latents, kept, capture.lm, capture.places)
     for name, accumulator in evals.items():
         with clock.timed(name):
-            accumulator.update(ContextBatch(captured, latents, kept, lm))
+            accumulator.update(batch)
 
 
 def _run_model_evals(

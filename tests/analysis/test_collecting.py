@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from sae.analysis import Atlas, OpenedRun
 from sae.analysis.features import FeatureCollector, Features, histogram_edges
-from sae.analysis.logit_effects import find_readout, logit_effects
+from sae.analysis.logit_effects import logit_effects
 from sae.analysis.neighbours import nearest_latents
 from sae.analysis.strongest import KEY_TOKENS, NO_TOKEN
 from sae.coder import SparseCoder
 from sae.config import CoderConfig
+from sae.evals.readout import find_readout
 from sae.stream.contexts import CapturedContexts
 from sae.stream.masks import PADDING_DOCUMENT
 

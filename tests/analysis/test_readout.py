@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from sae.analysis.logit_effects import find_final_norm, find_readout, probe_norm
+from sae.evals.readout import find_final_norm, find_readout, probe_norm
 
 D, VOCABULARY = 24, 40
 SMALL: dict[str, dict[str, Any]] = {

@@ -86,18 +86,27 @@ class FiniteWorld:
         return torch.where(fires, sizes, 0.0)
 
 
+class NoNorm(nn.Identity):
+    """A final norm that does nothing."""
+
+
 class ToyModel(nn.Module):
     """A token's activation is its row; the logits are linear in it."""
 
     def __init__(self, rows: Tensor, readout: Tensor) -> None:
         super().__init__()
         self.embed = nn.Embedding.from_pretrained(rows)
-        self.place = nn.Identity()
-        self.readout = nn.Parameter(readout)
+        self.place, self.norm = nn.Identity(), NoNorm()
+        self.head = nn.Linear(*readout.T.shape, bias=False)
+        self.head.weight = nn.Parameter(readout)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return what makes the logits."""
+        return self.head
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         """Return an object with logits (b, t, vocabulary)."""
-        return SimpleNamespace(logits=self.place(self.embed(input_ids)) @ self.readout.T)
+        return SimpleNamespace(logits=self.head(self.norm(self.place(self.embed(input_ids)))))
 
 
 @dataclass
@@ -224,7 +233,7 @@ def measure(coder: Any, world: FiniteWorld) -> dict[str, Value]:
     }
 
 
-TEXT_EVALS = ("downstream",)
+TEXT_EVALS = ("downstream", "interventions")
 
 
 def _latents_of(world: FiniteWorld) -> dict[int, int]:

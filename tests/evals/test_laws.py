@@ -13,7 +13,7 @@ from toy_worlds import Linear, ToyWorld, gaussian, unit
 
 from sae.coder.coder import SparseCoder
 from sae.coder.latents import Latents
-from sae.config import CoderConfig
+from sae.config import CoderConfig, EvalConfig
 from sae.evals import EVALS, evaluate
 from sae.evals.evaluable import Evaluable
 from sae.evals.interface import EvalSetup
@@ -122,7 +122,15 @@ def test_batches_of_text_and_their_order_change_nothing(lm, hookpoint, contexts)
         for rows in (slice(5, None), slice(0, 5))
     ]
     found = [
-        evaluate(coder, given, lm=lm, hookpoint=hookpoint, names=ON_TEXT, n_resamples=20)
+        evaluate(
+            coder,
+            given,
+            lm=lm,
+            hookpoint=hookpoint,
+            names=ON_TEXT,
+            n_resamples=20,
+            settings=EvalConfig(intervention_latents=4),
+        )
         for given in ([contexts], halves)
     ]
     for name in ON_TEXT:

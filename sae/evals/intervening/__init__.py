@@ -1,0 +1,1 @@
+"""Changing what latents write while the language model runs, and the eval that does."""

@@ -37,7 +37,10 @@ EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--out FILE] [--
 Measure a dictionary on documents that its training never saw, write results.json (beside the run,
 or to --out) and print a table. The run's own configuration says model and text; for a dictionary
 without a run, name what its metadata do not: --data.source, --model.name, --model.hookpoint. One
-that was trained on a world is measured on fresh samples of it, against its known features."""
+that was trained on a world is measured on fresh samples of it, against its known features.
+
+--evals takes names, and sets of those that apply: fast, full (all: minutes), probing,
+absorption."""
 
 REPORT_USAGE = """usage: sae report RUN [--section.key value …]
 

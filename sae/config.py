@@ -30,7 +30,13 @@ EvalName = Literal[
     "autointerp",
     "perturbation",
     "interventions",
+    "probing_features",
+    "probing_tokens",
+    "probing_texts",
+    "absorption_features",
+    "absorption_words",
 ]
+EvalSetName = Literal["fast", "full", "probing", "absorption"]
 JudgeName = Literal["rules", "endpoint", "local_model"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
@@ -940,15 +946,34 @@ class TrainConfig:
 class EvalConfig:
     """What `sae eval` measures."""
 
-    evals: tuple[EvalName, ...] | None = None
-    """The evaluations to run; None: all that apply, ground_truth where there is a world, downstream
-    where there is a model."""
+    evals: tuple[EvalName | EvalSetName, ...] | None = None
+    """The evaluations to run: names, or sets of those that apply (fast, full,
+    which is all, probing, absorption); None:
+    all that apply and take less than minutes."""
 
     tokens: int = 65_536
     """Held-out tokens for reconstruction and sparsity; on a world, its samples."""
 
     downstream_tokens: int = 16_384
     """Held-out tokens for the language model's loss with the dictionary spliced in."""
+
+    probe_examples: int = 128
+    """Rows of a concept's probing task, a quarter of each kind: with and without the concept, to
+    train and to test."""
+
+    probe_features: int = 64
+    """True features of a world that are probed for, the most frequent first."""
+
+    probe_texts: str = "*"
+    """The labelled data sets of sae-probes that are probed for: comma-separated globs of their
+    names."""
+
+    probe_context_tokens: int = 128
+    """Last tokens of a labelled text that the model reads."""
+
+    wordnet: str | None = None
+    """Folder of WordNet's index.noun and data.noun, for `absorption_words`; None: where Debian's
+    package wordnet-base puts them."""
 
     judge: JudgeName = "rules"
     """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline;
@@ -990,9 +1015,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("judge_latents", 1),
-            ("judge_examples", 4),
-            ("judge_tries", 1),
+            *(("judge_latents", 1), ("judge_examples", 4), ("judge_tries", 1)),
+            *(("probe_examples", 32), ("probe_features", 1), ("probe_context_tokens", 2)),
             ("intervention_latents", 1),
         ):
             if getattr(self, name) < least:

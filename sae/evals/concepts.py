@@ -35,7 +35,7 @@ def concepts_of(texts: Sequence[str]) -> Tensor:
     Args:
         texts: of consecutive tokens of one document, as `token_texts` gives them.
     """
-    text, tokens = _placed(texts)
+    text, tokens = placed(texts)
     is_space = [character.isspace() for character in text]
     table = torch.zeros(len(texts), len(CONCEPTS), dtype=torch.bool)
     for column, rule in enumerate(CONCEPTS.values()):
@@ -64,7 +64,7 @@ def runs(document_ids: Tensor) -> Iterator[Span]:
     yield from pairwise(edges)
 
 
-def _placed(texts: Sequence[str]) -> tuple[str, list[Span]]:
+def placed(texts: Sequence[str]) -> tuple[str, list[Span]]:
     """Return the joined text, and each token's characters; bytes of one all have that one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     parts: list[str] = []

@@ -120,6 +120,12 @@ class Evaluable:
         with_one, with_none = (self.coder.decode(code) for code in lit)
         return with_one - with_none
 
+    def encoder_rows(self) -> Tensor | None:
+        """Return what each latent reads, (d_sae, d_in) on the CPU; None where it has no rows."""
+        rows = getattr(self.coder, "W_enc", None)
+        is_whole = isinstance(rows, Tensor) and rows.shape == (self.d_sae, self.d_in)
+        return rows.detach().float().cpu() if isinstance(rows, Tensor) and is_whole else None
+
     def chunks(self, n: int) -> Iterator[slice]:
         """Yield slices of n tokens, each small enough for its dense code."""
         size = max(DENSE_ELEMENTS // self.d_sae, 16)

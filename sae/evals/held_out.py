@@ -52,5 +52,6 @@ def _on_world(coder: Any, cfg: Config, tell: Tell) -> EvalResults:
         cfg.eval.tokens,
         seed=cfg.run.seed,
         names=cfg.eval.evals,
+        settings=cfg.eval,
         tell=tell,
     )

@@ -35,7 +35,7 @@ class Undefined:
 
 
 Value: TypeAlias = float | Undefined
-Reads: TypeAlias = Literal["activations", "contexts", "model", "world", "weights"]
+Reads: TypeAlias = Literal["activations", "contexts", "model", "labelled", "world", "weights"]
 Unit: TypeAlias = Literal["number", "share", "nats", "latents"]
 
 
@@ -201,10 +201,11 @@ class EvalRow:
     Attributes:
         make: starts an accumulator.
         reads: what its `update` takes: "activations" an EvalBatch, "contexts" a ContextBatch,
-            "model" a ModelBatch, "world" a TruthBatch; "weights" is never updated and reads
-            `EvalSetup.coder`.
+            "model" a ModelBatch, "labelled" a LabelledBatch of its own `texts`, "world" a
+            TruthBatch; "weights" is never updated and reads `EvalSetup.coder`.
         labels: words and unit for each of its metrics, in the order of the printed table.
-        cost: "fast" for those that `--evals fast` runs.
+        cost: "fast" for those that `--evals fast` runs, "full" for those that take longer,
+            "minutes" for those that run only where they are asked for, by name or `--evals full`.
         cannot_see: which of DEFECTS none of its metrics sees, by name (docs/defects.md), and what
             else leaves them unmoved, in a few words each.
         latent_labels: words and unit for each of its scores by latent.
@@ -213,6 +214,6 @@ class EvalRow:
     make: Callable[[EvalSetup], Accumulator]
     reads: Reads
     labels: Mapping[str, Label]
-    cost: Literal["fast", "full"] = "fast"
+    cost: Literal["fast", "full", "minutes"] = "fast"
     cannot_see: tuple[str, ...] = ()
     latent_labels: Mapping[str, Label] = record_field(default_factory=dict)

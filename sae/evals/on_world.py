@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae.config import EvalName
+from sae.config import EvalConfig, EvalName
 from sae.evals.evaluable import Evaluable
-from sae.evals.interface import EvalSetup
+from sae.evals.interface import EvalSetup, Reads
 from sae.evals.provenance import versions
-from sae.evals.registry import EVALS, checked_names
+from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalResults, plain_json
 from sae.evals.run import Clock, Evals, Shared, Tell, results_of, start_evals
 from sae.evals.truth import Truth, TruthBatch
@@ -22,7 +22,7 @@ from sae.worlds.seeds import evaluation_generator
 if TYPE_CHECKING:
     from sae.worlds.world import World
 
-NEEDS_TEXT = ("contexts", "model")
+READABLE: tuple[Reads, ...] = ("weights", "activations", "world")
 BLOCK_ROWS = 1024
 FREQUENCY_ROWS = 16_384
 
@@ -37,6 +37,7 @@ def evaluate_on_world(
     names: Iterable[str] | None = None,
     pairs: Tensor | None = None,
     n_resamples: int = 1000,
+    settings: EvalConfig | None = None,
     tell: Tell = lambda *_: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `n_rows` samples of `world`.
@@ -44,8 +45,10 @@ def evaluate_on_world(
     Args:
         coder: anything with encode (or encode_sparse) and decode.
         seed: of the rows and of the bootstrap.
-        names: rows of EVALS; None: all but those that run a language model.
+        names: rows of EVALS, or sets of them; None: all that take less than minutes, but those that
+            read a language model's text.
         pairs: (p, 2) int64, parent and child features; None: those of the world's trees.
+        settings: what evals ask beyond that; None: the defaults.
         tell: told (stage, rows done, n_rows) after every block.
 
     Errors: ValueError for a wrong name, an eval that needs a language model, no rows, a coder
@@ -56,7 +59,8 @@ def evaluate_on_world(
         raise ValueError(f"`n_rows` must be at least 1; got {n_rows}. Give some ten thousand.")
     ready = Evaluable(coder, world.d_in, "the world")
     truth = truth_of(ready, world, pairs)
-    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready)
+    settings = settings or EvalConfig()
+    setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready, settings)
     on_weights = start_evals(names, "weights", setup)
     evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
     walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
@@ -130,11 +134,9 @@ class _Walk:
 
 
 def _wanted_names(names: Iterable[str] | None) -> tuple[EvalName, ...]:
-    if names is None:
-        return tuple(name for name, row in EVALS.items() if row.reads not in NEEDS_TEXT)
-    wanted = checked_names(names)
+    wanted = chosen_names(names, READABLE)
     for name in wanted:
-        if EVALS[name].reads in NEEDS_TEXT:
+        if EVALS[name].reads not in READABLE:
             raise ValueError(
                 f"the eval {name!r} reads a language model's text; a world has none. Leave it out."
             )

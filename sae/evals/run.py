@@ -29,18 +29,23 @@ from sae.evals.interface import (
     Explains,
     Explanation,
     ModelBatch,
+    Reads,
     Seen,
 )
+from sae.evals.probing.reading import labelled_batches
 from sae.evals.provenance import versions
-from sae.evals.registry import EVALS, checked_names
+from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
 from sae.stream.contexts import CapturedContexts, Contexts
 from sae.stream.source import require_finite
 
 if TYPE_CHECKING:
+    from sae.evals.probing.labelled import LabelledTexts
     from sae.stream.language_model import LanguageModel
 
-ALL_BUT_WORLD = ("weights", "activations", "contexts", "model")
+WITHOUT_MODEL: tuple[Reads, ...] = ("weights", "activations")
+ALL_BUT_WORLD: tuple[Reads, ...] = (*WITHOUT_MODEL, "contexts", "model", "labelled")
+NEED_MODEL = ("model", "labelled")
 Tell = Callable[[str, int, int | None], None]
 Evals = dict[EvalName, Accumulator]
 
@@ -71,8 +76,9 @@ def evaluate(
             `activation_contexts(x)`) where `lm` is None.
         lm, hookpoint: the model and where its activations are read. target: where they are
             written, for a transcoder. other: the second model of a crosscoder.
-        names: rows of EVALS; None: all, without those that run the model where `lm` is None, and
-            without those that need a world.
+        names: rows of EVALS, or sets of them (`registry.SETS`); None: all that take less than
+            minutes, without those that run the model where `lm` is None, and without those that
+            need a world.
         tokens: unmasked tokens to evaluate; None: all of `contexts`.
         downstream_tokens: how many of these the evals that run the model use; None: all of them.
         max_norm: leave out tokens of larger activation norm, in raw units.
@@ -94,6 +100,7 @@ def evaluate(
     on_activations = start_evals(names, "activations", setup)
     on_contexts = start_evals(names, "contexts", setup)
     on_model = start_evals(names, "model", setup)
+    on_labelled = start_evals(names, "labelled", setup)
     clock = Clock()
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
@@ -113,9 +120,11 @@ def evaluate(
         at_places = partial(ModelBatch, ready, lm, capture.places)
         make_batch = partial(at_places, mean=shared.mean, max_norm=max_norm)
         _run_model_evals(on_model, make_batch, queue, clock, tell)
+        _run_labelled_evals(on_labelled, capture, ready, settings.probe_context_tokens, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)
-    return results_of(on_weights | on_activations | on_contexts | on_model, clock, origin)
+    on_tokens = on_activations | on_contexts
+    return results_of(on_weights | on_tokens | on_model | on_labelled, clock, origin)
 
 
 class Clock:
@@ -239,6 +248,27 @@ def _run_model_evals(
             tell(name, n_done, queue.n_tokens)
 
 
+def _run_labelled_evals(
+    evals: Evals,
+    capture: Capture,
+    coder: Evaluable,
+    context_tokens: int,
+    clock: Clock,
+    tell: Tell,
+) -> None:
+    for name, accumulator in evals.items():
+        texts: LabelledTexts = accumulator.texts  # type: ignore[attr-defined]
+        assert capture.reader is not None
+        batches = labelled_batches(texts, capture.reader, coder, context_tokens)
+        while True:
+            with clock.timed(name):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                accumulator.update(batch)
+            tell(name, batch.task, len(texts.names))
+
+
 def results_of(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResults:
     """Return what the accumulators found, with the time that each took."""
     records, metrics, arrays = {}, {}, {}
@@ -279,17 +309,14 @@ def _origin(
 
 
 def _wanted_names(names: Iterable[str] | None, lm: object) -> tuple[EvalName, ...]:
-    if names is None:
-        readable = ("weights", "activations") if lm is None else ALL_BUT_WORLD
-        return tuple(name for name, row in EVALS.items() if row.reads in readable)
-    wanted = checked_names(names)
+    wanted = chosen_names(names, WITHOUT_MODEL if lm is None else ALL_BUT_WORLD)
     for name in wanted:
         if EVALS[name].reads == "world":
             raise ValueError(
                 f"the eval {name!r} needs a world whose features are known; there is none. Leave "
                 "it out, or use `evaluate_on_world`."
             )
-        if EVALS[name].reads == "model" and lm is None:
+        if EVALS[name].reads in NEED_MODEL and lm is None:
             raise ValueError(
                 f"the eval {name!r} runs the language model; none was given. Give `lm` and "
                 "`hookpoint`, or leave it out."

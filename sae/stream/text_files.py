@@ -35,6 +35,15 @@ def read_text_files(paths: Sequence[Path], column: DocumentColumn) -> list[Conte
     return documents
 
 
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a .csv or .csv.zst file.
+
+    Raises RuntimeError where the file is compressed and 'zstandard' is not installed.
+    """
+    with _open(path) as stream, _csv_rows(stream) as rows:
+        return list(rows)
+
+
 def has_text_suffix(path: Path) -> bool:
     """Whether the file's name says that it can be read here."""
     return path.name.lower().endswith(TEXT_SUFFIXES)
@@ -100,16 +109,21 @@ def _json_object(line: str, number: int) -> dict[str, Any]:
 
 
 def _read_csv(stream: IO[bytes], column: DocumentColumn, path: Path) -> Iterator[Content]:
+    with _csv_rows(stream) as rows:
+        name = column.among(rows.fieldnames or [], path)
+        texts = [column.read(row[name], f"row {i}, {name!r}") for i, row in enumerate(rows)]
+    yield from texts
+
+
+@contextmanager
+def _csv_rows(stream: IO[bytes]) -> Iterator[csv.DictReader[str]]:
     # The csv module's limit on a field is the process's, and smaller than an article.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines)
-            name = column.among(rows.fieldnames or [], path)
-            texts = [column.read(row[name], f"row {i}, {name!r}") for i, row in enumerate(rows)]
+            yield csv.DictReader(lines)
     finally:
         csv.field_size_limit(limit)
-    yield from texts
 
 
 def _read_parquet(stream: IO[bytes], column: DocumentColumn, path: Path) -> Iterator[Content]:

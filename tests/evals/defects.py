@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from toy_worlds import gaussian, unit
 
+from sae.config import EvalConfig
 from sae.evals import evaluate, evaluate_on_world
 from sae.evals.interface import Value
 from sae.evals.nulls import RandomDirections
@@ -219,7 +220,15 @@ DEFECTS: Mapping[str, Callable[[FiniteWorld], Any]] = {
 
 def measure(coder: Any, world: FiniteWorld) -> dict[str, Value]:
     """Return every metric of every eval, `EVAL/METRIC`."""
-    found = evaluate_on_world(coder, world, 4096, pairs=PAIRS, n_resamples=2)  # type: ignore[arg-type]
+    found = evaluate_on_world(
+        coder,
+        world,  # type: ignore[arg-type]
+        4096,
+        names=["full"],
+        pairs=PAIRS,
+        n_resamples=2,
+        settings=EvalConfig(probe_features=8),
+    )
     on_text = evaluate(
         coder, world.contexts, lm=world.lm, hookpoint="place", names=TEXT_EVALS, n_resamples=2
     )

@@ -16,9 +16,11 @@ SEES, BLIND, REWARDS, UNDEFINED = "sees", "·", "rewards", "undefined"
 SHARE, SMALLEST_SCALE = 0.05, 0.5
 LOWER_IS_BETTER = (
     *("fvu", "fvu_worst_1pct", "dead", "delta_ce", "kl"),
-    *("interference", "mean_abs_cosine", "largest_cosine", "duplicates"),
+    *("interference", "mean_abs_cosine", "largest_cosine", "duplicates", "probe_loss"),
+    *("absorption_drop", "absorption_full", "absorption_decoder_leak", "absorption_hedging"),
+    "absorption_latents_per_concept",
 )
-NEEDS_WORDS = {"autointerp"}
+NEEDS_WORDS = {"autointerp", "probing_tokens", "probing_texts", "absorption_words"}
 """Evals of what tokens say: the toy language model's say nothing. They have nulls of their own."""
 
 

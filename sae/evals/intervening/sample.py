@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.coder.latents import Latents, joined
 from sae.evals.interface import ContextBatch, Seen
-from sae.evals.judging.sampling import STEP, mixed, wrapped
+from sae.evals.numbers import STEP, mixed, wrapped
 
 HALVES = 2
 NO_TOKEN = -1

@@ -20,8 +20,12 @@ def auroc(positive: Sequence[Confidence], negative: Sequence[Confidence]) -> flo
     """Return the AUROC in [0, 1]; NaN where one side is empty."""
     if not positive or not negative:
         return math.nan
-    high = _as_numbers(positive, -math.inf)[:, None]
-    low = _as_numbers(negative, math.inf)[None, :]
+    return auroc_of(_as_numbers(positive, -math.inf), _as_numbers(negative, math.inf))
+
+
+def auroc_of(positive: torch.Tensor, negative: torch.Tensor) -> float:
+    """Return the AUROC of numbers (p) and (q), neither empty."""
+    high, low = positive[:, None], negative[None, :]
     return float(((high > low).double() + 0.5 * (high == low).double()).mean())
 
 

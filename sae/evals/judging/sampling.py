@@ -1,8 +1,6 @@
 """Which texts a judge will see of a few latents, chosen in one pass and in bounded memory.
 
-The one idea: every token has a pseudorandom number that depends on its context and its place alone.
-"The lowest numbers so far" is then a uniform sample that does not depend on batches, their order,
-or which process saw them, and two samples merge exactly.
+The one idea: every token has a number (`numbers`), and the lowest so far are a uniform sample.
 
 Documents fall into two halves by a hash of their id: an explanation is made from the one (half 0)
 and tested on the other (half 1). Of each latent and half are kept, one text a document,
@@ -24,14 +22,12 @@ from torch import Tensor
 
 from sae.coder.latents import Latents
 from sae.evals.interface import ContextBatch
+from sae.evals.numbers import HALVES, halves_of, token_numbers
 
 LEFT, RIGHT = 20, 11
 WINDOW = LEFT + 1 + RIGHT
 NO_TOKEN = -1
 CHUNK = 256
-HALVES = 2
-# Odd constants of SplitMix64 as signed integers; int64 arithmetic wraps round.
-STEP, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
 class Windows(NamedTuple):
@@ -157,20 +153,10 @@ class _View:
         code = Latents(*(part.cpu() for part in batch.latents))
         self.slots, self.values = slots[code.indices], code.values.float()
         self.documents = self.all_documents.flatten()[self.kept]
-        self.halves = mixed(self.documents + wrapped((seed + 1) * STEP)) & 1
-        self.numbers = self._numbers(seed)
+        self.halves = halves_of(self.documents, seed)
+        self.numbers = token_numbers(contexts, self.kept, seed)
         self.row_of = torch.full((self.tokens.numel(),), -1, dtype=torch.int64)
         self.row_of[self.kept] = torch.arange(len(self.kept))
-
-    def _numbers(self, seed: int) -> Tensor:
-        """Return each kept token's pseudorandom number, (n) int64, at least 0."""
-        context = torch.full((len(self.tokens),), wrapped(seed * STEP), dtype=torch.int64)
-        for tokens, documents in zip(
-            self.tokens.unbind(1), self.all_documents.unbind(1), strict=True
-        ):
-            context = mixed(context + tokens + documents * STEP)
-        width = self.tokens.shape[1]
-        return mixed(context[self.kept // width] + self.kept % width).bitwise_and(2**62 - 1)
 
     def light(self, rows: Tensor, groups: Tensor, keys: Tensor) -> Windows:
         """Return records of kept tokens `rows` whose texts are not filled in yet."""
@@ -224,24 +210,6 @@ class _View:
         documents = self.all_documents.flatten()
         same = documents[flat] == documents[at][:, None]
         return flat, same & (place >= 0) & (place < width)
-
-
-def mixed(numbers: Tensor) -> Tensor:
-    """Return int64 numbers with their bits mixed, as SplitMix64 does (Steele et al. 2014)."""
-    numbers = numbers + STEP
-    for shift, factor in ((30, MIX_1), (27, MIX_2)):
-        numbers = (numbers ^ _shifted(numbers, shift)) * factor
-    return numbers ^ _shifted(numbers, 31)
-
-
-def wrapped(number: int) -> int:
-    """Return Python's unbounded integer as int64 arithmetic has it."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _shifted(numbers: Tensor, by: int) -> Tensor:
-    """Return a shift right that fills with zeros, which torch's does not for negative numbers."""
-    return (numbers >> by) & ((1 << (64 - by)) - 1)
 
 
 def _joined(first: Windows, second: Windows) -> Windows:

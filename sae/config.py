@@ -197,6 +197,11 @@ class StreamConfig:
     reuse: int = 1
     """Times each activation is handed out before it is replaced: 1 streams, more makes passes."""
 
+    reserved_tokens: int = 0
+    """Activations that are set aside for good, the first of the first lane's buffer: training never
+    sees them, and thresholds are set by them when a dictionary is saved, so that its L0 is what was
+    asked for on new text (batchtopk, jumprelu with a target). For runs with `reuse`."""
+
     refill_fraction: float = 0.5
     """Share of the buffer replaced at a refill, in (0, 1]; 1 alternates whole buffers."""
 
@@ -245,6 +250,20 @@ class StreamConfig:
             "must be in (0, 1]",
             self.refill_fraction,
             "Use 0.5.",
+        )
+        _require(
+            self.reserved_tokens >= 0,
+            "stream.reserved_tokens",
+            "must not be negative",
+            self.reserved_tokens,
+            "Use 0 to set nothing aside.",
+        )
+        _require(
+            self.buffer_tokens is None or self.reserved_tokens < self.buffer_tokens,
+            "stream.reserved_tokens",
+            f"must be below stream.buffer_tokens, {self.buffer_tokens}",
+            self.reserved_tokens,
+            "Lower it: a twelfth of the buffer is plenty.",
         )
         _require(
             self.resident_tokens >= 0,

@@ -6,7 +6,8 @@ frees its slot for the next row of the stream, which comes out from the next cyc
 not depend on how soon a free slot is filled: at the cycle's end, or meanwhile by another thread.
 
 With reuse 1 and half the buffer replaced this is the usual shuffle buffer: a row waits a random
-number of cycles, so neighbours in the text part ways. Which rows come when is a pure function of
+number of cycles, so neighbours in the text part ways. The first `reserved` slots keep what filled
+them and hand nothing out. Which rows come when is a pure function of
 (seed, cycle, position): the permutations are made once a cycle, and a batch is one gather. Knows
 nothing of models or text.
 """
@@ -30,6 +31,7 @@ class ShuffleBuffer:
     Args:
         widths, dtypes: of each hookpoint's rows.
         reuse: times that each row is handed out. refill_fraction: share replaced a cycle.
+        reserved: slots whose rows are set aside, of capacity.
 
     Attributes:
         storage: (capacity, width) a hookpoint. documents: (capacity) int64 on CPU, where the row in
@@ -45,10 +47,17 @@ class ShuffleBuffer:
         seed: int,
         reuse: int = 1,
         refill_fraction: float = 0.5,
+        reserved: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.capacity, self.seed, self.reuse = capacity, seed, reuse
-        self.rows_replaced = max(1, round(capacity * refill_fraction))
+        if not 0 <= reserved < capacity:
+            raise ValueError(
+                f"`stream.reserved_tokens` must be below the buffer's {capacity} tokens; got "
+                f"{reserved}. Lower it or raise `stream.buffer_tokens`."
+            )
+        self.reserved = reserved
+        self.rows_replaced = max(1, round((capacity - reserved) * refill_fraction))
         self.device = torch.device(device)
         # A GPU reads what lies in page-locked memory without waiting for the host.
         self.is_pinned = self.device.type == "cpu" and torch.cuda.is_available()
@@ -110,6 +119,10 @@ class ShuffleBuffer:
         assert self.room == 0
         self._begin(self.cycle + 1)
 
+    def set_aside(self) -> Rows:
+        """Return the rows of the reserved slots, (reserved, width) a hookpoint."""
+        return tuple(storage[: self.reserved] for storage in self.storage)
+
     def position_dict(self) -> dict[str, int]:
         """Return where the buffer stands; with `tensors` it is the whole state."""
         return {"cycle": self.cycle, "position": self.position, "written": self.written}
@@ -153,7 +166,8 @@ class ShuffleBuffer:
             self._first_freeing = -self.capacity
         else:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (cycle + 1))
-            slots = torch.randperm(self.capacity, generator=generator)[: self.rows_replaced]
+            shuffled = torch.randperm(self.capacity - self.reserved, generator=generator)
+            slots = shuffled[: self.rows_replaced] + self.reserved
             passes = [
                 slots[torch.randperm(len(slots), generator=generator)] for _ in range(self.reuse)
             ]

@@ -74,6 +74,7 @@ class BufferedSource:
                 seed=seed * 1009 + number,
                 reuse=cfg.reuse,
                 refill_fraction=cfg.refill_fraction,
+                reserved=cfg.reserved_tokens if number == 0 else 0,
                 device=device if cfg.device == "auto" else torch.device(cfg.device),
             )
             return Lane(streams[number], buffer)
@@ -138,6 +139,14 @@ class BufferedSource:
         sample = tuple(torch.cat(rows).cpu().float() for rows in zip(*samples, strict=True))
         is_kept = norms(sample[0]) <= (self.max_norm or float("inf"))
         return sample if is_kept.all() else tuple(rows[is_kept] for rows in sample)
+
+    def reserved_rows(self) -> Tensor | None:
+        """Return rows (m, Σ widths), in raw units, that training never sees: those that the first
+        lane has set aside. None where this process has none."""
+        lane = self.lanes.get(0)
+        if lane is None or lane.buffer.reserved == 0 or not lane.buffer.is_filled:
+            return None
+        return side_by_side(lane.buffer.set_aside())
 
     @property
     def max_norm(self) -> float | None:

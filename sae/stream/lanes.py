@@ -46,7 +46,7 @@ class Lane:
                     f"most {self.max_norm}. Raise it."
                 )
             self._require_enough_text()
-            block = self._within_norm(self.stream.next_block())
+            block = self._not_set_aside(self._within_norm(self.stream.next_block()))
             for name, rows in zip(self.stream.names, block.rows, strict=True):
                 require_finite(rows, name, "of one block")
             if len(block.documents):
@@ -109,6 +109,14 @@ class Lane:
         is_kept = norms(block.rows[0]) <= self.max_norm
         rows: Rows = tuple(part[is_kept] for part in block.rows)
         return Block(rows, block.documents[is_kept.to(block.documents.device)])
+
+    def _not_set_aside(self, block: Block) -> Block:
+        """Leave out documents of which rows are set aside, when they come again."""
+        if self.buffer.reserved == 0 or self.stream.epoch == 0:
+            return block
+        is_new = ~torch.isin(block.documents, self.buffer.documents[: self.buffer.reserved])
+        rows: Rows = tuple(part[is_new.to(part.device)] for part in block.rows)
+        return Block(rows, block.documents[is_new])
 
     def _count(self, documents: Tensor) -> None:
         """Add to Σ (rows of a document)²; a document's rows follow each other."""

@@ -83,6 +83,14 @@ class Share:
         """Return its part of the stream's sample, (m, d_in)."""
         return self.stream.samples[self.place]
 
+    def reserved_rows(self) -> Tensor | None:
+        """Return its part of the rows that the stream has set aside, (m, Σ widths)."""
+        source = self.stream.source
+        rows = getattr(source, "reserved_rows", lambda: None)()
+        if rows is None or self.stream.is_whole:
+            return rows
+        return rows.split(list(source.widths), 1)[self.place]
+
     def metadata(self) -> dict[str, object]:
         """Return the origin of its activations."""
         found = self.stream.source.metadata()

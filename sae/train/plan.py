@@ -169,7 +169,8 @@ def with_small_buffer(cfg: Config) -> Config:
     """Return `cfg` with a buffer that two forward passes fill."""
     two = 2 * cfg.stream.sequences_per_forward * cfg.data.context_size
     tokens = min(two, buffer_tokens(cfg.stream, cfg.data.context_size))
-    return from_flat({"stream.buffer_tokens": tokens, "stream.refill": "inline"}, cfg)
+    small = {"stream.buffer_tokens": tokens, "stream.reserved_tokens": 0, "stream.refill": "inline"}
+    return from_flat(small, cfg)
 
 
 def measure(cfg: Config, state: TrainState, accelerator: Accelerator, seconds: float) -> Speed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.coder import SparseCoder, normalise_decoder_
+from sae.coder.set_thresholds import asked_l0, set_thresholds_
 from sae.stream.normalisation import Normaliser
 from sae.stream.source import ActivationSource
 from sae.train.dead import DeadLatents
@@ -65,6 +66,9 @@ class TrainState:
     def raw_coder(self) -> SparseCoder:
         """Return a copy of the coder that works on raw activations: what is saved."""
         raw = self.calibration.normaliser.to_raw_units(self._kept())
+        reserved_rows = getattr(self.source, "reserved_rows", lambda: None)
+        if asked_l0(raw) is not None and (rows := reserved_rows()) is not None:
+            set_thresholds_(raw, raw.sites.read(rows.to(raw.b_dec)))
         raw.metadata["sae_training_tokens"] = self.tokens_seen
         return raw
 

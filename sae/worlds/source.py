@@ -66,6 +66,10 @@ class WorldSource:
         counts = [min(size, CALIBRATION_ROWS - start) for start in range(0, CALIBRATION_ROWS, size)]
         return torch.cat([self.world.activations(count, generator) for count in counts])
 
+    def reserved_rows(self) -> Tensor:
+        """Return rows that training never sees, to set the thresholds of what is saved."""
+        return self.calibration_sample()
+
     def state(self) -> SourceState:
         """Return the rows taken of each lane, and of which world."""
         return SourceState({"taken": self.taken, "world": self._identity()})

@@ -91,6 +91,42 @@ def test_resume_is_exact(reuse: int, refill: str, lanes: int):
     )
 
 
+@pytest.mark.parametrize("refill_fraction", [0.5, 1.0])
+def test_rows_set_aside_never_come_and_neither_do_their_documents_again(refill_fraction: float):
+    """Eleven rows, of the first two documents: the rest of the second comes once, in its pass."""
+    rows = CountingRows(epoch_rows=70)
+    source = buffered(rows, reserved_tokens=11, refill_fraction=refill_fraction)
+    seen = Counter(row % 70 for row in ids(source.next_batch(500)))
+    assert min(seen) == 11
+    assert set(seen) == set(map(float, range(11, 70)))
+    assert max(seen[float(row)] for row in range(11, 20)) == 1
+    assert min(seen[float(row)] for row in range(20, 60)) > 3
+    reserved = source.reserved_rows()
+    assert reserved is not None
+    assert ids(reserved) == list(range(11))
+
+
+def test_only_the_first_lane_sets_rows_aside():
+    source = buffered({i: CountingRows(i) for i in range(2)}, reserved_tokens=11)
+    assert source.reserved_rows() is None  # before the buffer is filled
+    seen = set(ids(source.next_batch(400)))
+    assert {float(row) for row in range(11)}.isdisjoint(seen)
+    assert {row + 1 / 16 for row in range(11)} <= seen
+    alone = buffered({1: CountingRows(1)}, reserved_tokens=11)
+    alone.next_batch(40)
+    assert alone.reserved_rows() is None
+    with pytest.raises(ValueError, match=r"`stream.reserved_tokens` must be below .*; got 40"):
+        buffered(CountingRows(), reserved_tokens=40)
+
+
+def test_resume_is_exact_with_rows_set_aside():
+    assert_resumes_exactly(
+        lambda: buffered(CountingRows(epoch_rows=70), reserved_tokens=11, reuse=2),
+        batch=12,
+        stops=(0, 2, 6, 11),
+    )
+
+
 def test_another_size_is_refused():
     small, large = buffered(CountingRows()), buffered(CountingRows(), capacity=50)
     small.next_batch(3)

@@ -16,6 +16,7 @@ from sae.train import run
 from sae.train.interrupt import Interrupted
 from sae.train.plan import plan
 from sae.train.tracking import read_metrics
+from sae.worlds import evaluation_generator, make_world
 
 
 @pytest.fixture
@@ -68,6 +69,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     again = run(configured(config, *flags, "--train.resume", "auto"))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(getattr(sae.load(again), name), getattr(sae.load(whole), name))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--coder.activation batchtopk",
+        "--coder.activation batchtopk --coder.refine_step 0.3 --train.step autograd",
+        "--coder.activation jumprelu --coder.target_l0 3 --coder.k 32 --train.step autograd",
+    ],
+)
+def test_the_l0_on_fresh_samples_is_what_was_asked_for(config: Path, flags: str):
+    """Though weights still move, and the thresholds of training are behind them."""
+    folder = run(configured(config, *flags.split(), "--train.lr", "0.05"))
+    world = make_world(read_run_config(folder).world)
+    with torch.no_grad():
+        code = sae.load(folder).encode(world.sample(30_000, evaluation_generator(0)).x)
+    assert float((code != 0).double().sum(1).mean()) == pytest.approx(3, rel=0.02)
 
 
 def test_fit_takes_the_batches_of_a_world():

@@ -23,9 +23,11 @@ from sae.evals.on_world import frequent_features
 from sae.evals.probing.labelled import LabelledTexts
 from sae.evals.probing.probes import (
     Part,
+    _fit_and_score,
     contrasts,
     probe_columns,
     probe_latents,
+    probe_whole,
     quick_fits,
     shuffled_auroc,
 )
@@ -136,6 +138,19 @@ def test_baselines_take_the_columns_that_differ_most() -> None:
     x[:, 11] += 5 * torch.cat([on, on])
     x[:, 2] += 100
     assert probe_columns(x[:64], x[64:], (on, on))[1] == 1.0
+
+
+def test_all_of_x_is_probed_the_same_in_the_span_of_its_rows() -> None:
+    on = labels(32)
+    x = gaussian(64, 100, seed=8)
+    x[:, 3] += 4 * torch.cat([on, on])
+    train = x[:32] - x[:32].mean(0)
+    scale = train.pow(2).mean().sqrt()
+    whole = [((part - x[:32].mean(0)) / scale).double().numpy() for part in (x[:32], x[32:])]
+    expected = _fit_and_score(*whole, on, on, is_sparse=False)
+    found = probe_whole(x[:32], x[32:], (on, on))
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found.auroc > 0.8
 
 
 def test_tasks_are_balanced_and_say_how_rare_their_concept_was() -> None:

@@ -78,6 +78,7 @@ class AbsorptionWords:
             self.missing["noun_absorption"] = str(error)
         self._texts: dict[int, str] = {}
         self._has_text = False
+        self._tables: dict[str, Tensor] = {}
 
     def update(self, batch: ContextBatch) -> None:
         """Add a batch of contexts; those without text are only counted."""
@@ -88,6 +89,7 @@ class AbsorptionWords:
         if batch.lm is None:
             return
         self._has_text = True
+        self._tables.clear()
         new = [i for i in contexts.tokens.unique().tolist() if i not in self._texts]
         self._texts |= zip(new, token_texts(batch.lm.tokenizer, new), strict=True)
         words = words_at(contexts.tokens.cpu(), contexts.document_ids.cpu(), self._texts)
@@ -109,6 +111,7 @@ class AbsorptionWords:
         """Add another's words."""
         self.seen.merge(other.seen)
         self._has_text |= other._has_text
+        self._tables.clear()
         for own, theirs in zip(self.hierarchies, other.hierarchies, strict=True):
             own.rows.merge(theirs.rows)
 
@@ -153,11 +156,12 @@ class AbsorptionWords:
         is_there = (has.sum(2) >= LEAST_ROWS).all(1)
         if not self._has_text or self._writes_elsewhere or int(is_there.sum()) < 2:
             return None
-        rows, pairs, directions = self._rows(sample, is_there)
-        values, _ = judged(rows, pairs, directions)
-        table = torch.full((len(is_there), len(COLUMNS)), torch.nan, dtype=torch.float64)
-        table[is_there] = values
-        return table
+        if hierarchy.prefix not in self._tables:
+            values, _ = judged(*self._rows(sample, is_there))
+            table = torch.full((len(is_there), len(COLUMNS)), torch.nan, dtype=torch.float64)
+            table[is_there] = values
+            self._tables[hierarchy.prefix] = table
+        return self._tables[hierarchy.prefix]
 
     def _rows(self, sample: RowSample, is_there: Tensor) -> tuple[Rows, Tensor, Directions]:
         has = sample.has & is_there.repeat_interleave(HALVES)[:, None]

@@ -37,7 +37,7 @@ EvalName = Literal[
     "absorption_words",
 ]
 EvalSetName = Literal["fast", "full", "probing", "absorption"]
-JudgeName = Literal["rules", "endpoint", "local_model"]
+JudgeName = Literal["rules", "similarity", "endpoint", "local_model"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 ModelLossName = Literal["none", "kl", "ce"]
@@ -996,7 +996,8 @@ class EvalConfig:
 
     judge: JudgeName = "rules"
     """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline;
-    endpoint: a model behind an OpenAI-compatible address; local_model: a model on this machine."""
+    similarity: likeness to quoted texts; endpoint: a model behind an OpenAI-compatible address;
+    local_model: a model on this machine."""
 
     judge_url: str | None = None
     """Address of the judge's endpoint, before /chat/completions."""

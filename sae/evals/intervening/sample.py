@@ -21,7 +21,6 @@ from sae.coder.latents import Latents, joined
 from sae.evals.interface import ContextBatch, Seen
 from sae.evals.numbers import STEP, mixed, wrapped
 
-HALVES = 2
 NO_TOKEN = -1
 
 

@@ -9,9 +9,11 @@ from sae.evals.judging.endpoint import EndpointJudge
 from sae.evals.judging.judge import Judge
 from sae.evals.judging.local_model import LocalModelJudge
 from sae.evals.judging.rules import RuleJudge
+from sae.evals.judging.similarity import SimilarityJudge
 
 JUDGES: dict[JudgeName, Callable[[EvalConfig], Judge]] = {
     "rules": lambda _: RuleJudge(),
+    "similarity": lambda _: SimilarityJudge(),
     "endpoint": EndpointJudge,
     "local_model": LocalModelJudge,
 }

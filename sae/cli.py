@@ -26,13 +26,14 @@ USAGE = """usage: sae VERB …
 
   sae train CONFIG.yaml [--section.key value …]    train a dictionary
   sae plan CONFIG.yaml [--section.key value …]     say what training will cost
-  sae eval RUN_OR_DICTIONARY [--evals a,b]         measure it on held-out text
+  sae eval RUN_OR_DICTIONARY [--evals a,b]         measure it on held-out text, --nulls beside it
   sae report RUN                                   write its report.html
   sae harvest CONFIG.yaml [--section.key value …]  write activations to disk, to train from them
 
 `sae VERB --help` says more."""
 
-EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--out FILE] [--section.key value …]
+EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--nulls a,b,runs/c] [--out FILE]
+                                  [--section.key value …]
 
 Measure a dictionary on documents that its training never saw, write results.json (beside the run,
 or to --out) and print a table. The run's own configuration says model and text; for a dictionary
@@ -40,7 +41,10 @@ without a run, name what its metadata do not: --data.source, --model.name, --mod
 that was trained on a world is measured on fresh samples of it, against its known features.
 
 --evals takes names, and sets of those that apply: fast, full (all: minutes), probing,
-absorption."""
+absorption.
+
+--nulls puts dictionaries that are none beside it, on the same tokens: shuffled, permuted, random,
+pca, identity, on a world oracle (the truth), and folders of runs that were trained as nulls."""
 
 REPORT_USAGE = """usage: sae report RUN [--section.key value …]
 
@@ -92,14 +96,17 @@ def plan(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure a dictionary, write results.json, print the table."""
     place, flags = place_and_flags(arguments, EVAL_USAGE)
-    names, out = taken(flags, "--evals"), taken(flags, "--out")
+    names, nulls, out = (taken(flags, name) for name in ("--evals", "--nulls", "--out"))
     from sae.evals.held_out import evaluate_held_out
+    from sae.evals.null_rows import checked_nulls
     from sae.evals.registry import checked_names
     from sae.evals.results import write_results
     from sae.interop import load
 
     if names:
         flags += ["--eval.evals", *checked_names(names.split(","))]
+    if nulls:
+        flags += ["--eval.nulls", *checked_nulls(nulls.split(","))]
     coder = load(place)
     target = results_file(place, out)
     cfg = configuration_of(place, {**coder.metadata, "site": coder.cfg.site}, flags)
@@ -207,10 +214,12 @@ def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
             "hook_name": "model.hookpoint",
             "hook_name_out": "model.target",
             "model_other": "model.other",
+            "model_reinitialised": "model.reinitialised",
             "site": "coder.site",
             "context_size": "data.context_size",
         }
-        told = {key: metadata[name] for name, key in known.items() if metadata.get(name)}
+        given = {key: metadata.get(name) for name, key in known.items()}
+        told = {key: value for key, value in given.items() if value not in (None, "")}
         told |= {f"world.{name}": value for name, value in metadata.get("world", {}).items()}
         base = from_flat(told)
     return with_flags(base, flags, "sae eval RUN_OR_DICTIONARY")
@@ -292,23 +301,43 @@ def print_results(results: EvalResults, cfg: Config) -> None:
         where = f"{origin['hookpoint']} of {cfg.model.name}"
     title = f"{where}: {seen}, L0 {origin['l0']:.1f}"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", no_wrap=not results.nulls, min_width=28)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("95% interval")
+    table.add_column("95% interval", min_width=17 if results.nulls else None)
+    if results.nulls:
+        table.add_column("of the way", justify="right", no_wrap=True)
+    for name in results.nulls:
+        table.add_column(name, justify="right", no_wrap=True, style="dim")
     before = ""
     for row in table_rows(results):
         if row.group != before:
             table.add_section()
             seconds = seconds_of(results, row.group)
             table.add_row(f"[bold]{row.group}[/bold] [dim]{seconds}[/dim]")
-        table.add_row(row.label, row.value, row.interval)
+        share = (row.share,) if results.nulls else ()
+        table.add_row(row.label, row.value, row.interval, *share, *row.nulls)
         before = row.group
     shared = {name: f"{spent:.1f} s" for name, spent in origin["seconds"].items()}
     table.caption = "shared by all: " + ", ".join(
         f"{name} {spent}" for name, spent in shared.items()
     )
     table.caption_justify = "left"
-    Console().print(table)
+    # With many nulls a table is wider than some terminals: its lines are then folded, not cut.
+    # What is measured leaves out the least widths of columns that wrap.
+    least = Console(width=1000).measure(table).minimum + 45 if results.nulls else 0
+    Console(width=max(Console().width, least)).print(table)
+    for line in about_nulls(results):
+        say(line)
+
+
+def about_nulls(results: EvalResults) -> list[str]:
+    """Return what stands below a table with nulls: what they are, and which evals they lack."""
+    if not results.nulls:
+        return []
+    end = "the oracle's, or the best" if "oracle" in results.nulls else "the best"
+    lines = [f"of the way: from the score of shuffled codes (0) to {end} (1)."]
+    left_out = {name: why for null in results.nulls.values() for name, why in null.left_out.items()}
+    return lines + [f"{name} is not run on nulls: {why}." for name, why in left_out.items()]
 
 
 def seconds_of(results: EvalResults, name: str) -> str:

@@ -994,6 +994,10 @@ class EvalConfig:
     """Folder of WordNet's index.noun and data.noun, for `absorption_words`; None: where Debian's
     package wordnet-base puts them."""
 
+    nulls: tuple[str, ...] = ()
+    """Nulls that are measured beside the dictionary: names (`sae.evals.null_rows`: shuffled,
+    permuted, random, pca, identity; oracle on a world), and folders of runs that are nulls."""
+
     judge: JudgeName = "rules"
     """Who explains latents and is tested on it (`autointerp`); rules: token rules, offline;
     similarity: likeness to quoted texts; endpoint: a model behind an OpenAI-compatible address;

@@ -95,7 +95,9 @@ def _run_all(
                 continue
             row = run(
                 recipe,
-                Task(world, options.samples, seed, document["base"], given(options.set)),
+                Task(
+                    world, options.samples, seed, document["base"], given(options.set), options.keep
+                ),
                 options.rows,
             )
             world_results.add(document, row)
@@ -156,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all recipes"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for trained dictionaries, found there by the next call"
     )
     parser.add_argument("--out", type=Path, help="the JSON; default: docs/benchmarks/, by date")
     parser.add_argument("--merge", type=Path, nargs="+", help="only join results into --out")

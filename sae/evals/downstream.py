@@ -23,8 +23,9 @@ Source: Bricken et al. 2023, "Towards monosemanticity" (loss recovered against z
 
 Percentiles come from bins 0.001 nats wide: right to 0.0005 nats, but for losses that move by more
 than 32 nats, which count as 32.
-Cost: four full forward passes of the model, by far the dearest of the first three evals. Memory:
-the logits of two passes over at most LOGIT_ELEMENTS / (context · vocabulary) contexts.
+Cost: four full forward passes of the model, by far the dearest of the first three evals; one more
+for each null beside it. Memory: the logits of two passes over at most LOGIT_ELEMENTS / (context ·
+vocabulary) contexts.
 Cannot see: absorption and splitting; whether latents mean anything; what the model would need on
 other text. A dictionary that passes x through (identity) is perfect here.
 """
@@ -32,6 +33,8 @@ other text. A dictionary that passes x through (identity) is perfect here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,6 +44,9 @@ from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import EvalSetup, Label, ModelBatch, Seen, Undefined, Value
 from sae.evals.replacing import clean_pass, logits_of, replaced, spliced
 from sae.stream.contexts import Contexts
+
+if TYPE_CHECKING:
+    from sae.stream.language_model import LanguageModel
 
 LOGIT_ELEMENTS = 2**26
 CHUNK_ELEMENTS = 2**23
@@ -56,14 +62,14 @@ LABELS = {
     "ce_spliced": Label("with reconstructions spliced in", "nats"),
     "ce_ablated_zero": Label("with activations set to 0", "nats"),
     "ce_ablated_mean": Label("with activations set to their mean", "nats"),
-    "delta_ce": Label("loss added by the dictionary", "nats"),
+    "delta_ce": Label("loss added by the dictionary", "nats", better="lower", best=0),
     "delta_ce_p50": Label("its median over tokens", "nats"),
     "delta_ce_p95": Label("its 95th percentile", "nats"),
     "delta_ce_p99": Label("its 99th percentile", "nats"),
-    "loss_recovered_zero": Label("loss recovered, against zero ablation"),
-    "loss_recovered_mean": Label("loss recovered, against mean ablation"),
-    "kl": Label("KL(clean ‖ spliced)", "nats"),
-    "top1_agreement": Label("same most likely next token", "share"),
+    "loss_recovered_zero": Label("loss recovered, against zero ablation", better="higher", best=1),
+    "loss_recovered_mean": Label("loss recovered, against mean ablation", better="higher", best=1),
+    "kl": Label("KL(clean ‖ spliced)", "nats", better="lower", best=0),
+    "top1_agreement": Label("same most likely next token", "share", better="higher", best=1),
 }
 
 
@@ -77,9 +83,7 @@ class Downstream:
 
     def update(self, batch: ModelBatch) -> None:
         """Run the model on the batch's contexts, a few at once, and add the counted positions."""
-        vocabulary = _vocabulary_size(batch.lm.module)
-        context_size = batch.contexts.tokens.shape[1]
-        n_at_once = max(LOGIT_ELEMENTS // (context_size * vocabulary), 1)
+        n_at_once = contexts_at_once(batch.lm, batch.contexts)
         for start in range(0, len(batch.contexts.tokens), n_at_once):
             rows = slice(start, start + n_at_once)
             contexts = Contexts(
@@ -87,7 +91,8 @@ class Downstream:
                 document_ids=batch.contexts.document_ids[rows].to(batch.lm.device),
                 is_kept=batch.contexts.is_kept[rows].to(batch.lm.device),
             )
-            self._add(position_losses(batch, contexts))
+            is_whole = n_at_once >= len(batch.contexts.tokens)
+            self._add(position_losses(batch, contexts, batch.shared if is_whole else None))
 
     def merge(self, other: Downstream) -> None:
         """Add another's positions."""
@@ -130,9 +135,50 @@ class Downstream:
         return {f"delta_ce_p{p}": (at - ZERO_BIN) * BIN_NATS for p, at in bins.items()}
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """What the passes without a dictionary's writing give; the same for all dictionaries.
+
+    Shapes: logits (b, t, vocabulary); rows (b·t, Σ widths); may_replace (b·t) bool; counted,
+    targets (n) int64; zero, mean (n) losses of the two ablations.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    may_replace: Tensor
+    counted: Tensor
+    targets: Tensor
+    zero: Tensor
+    mean: Tensor
+
+
 @torch.no_grad()
-def position_losses(batch: ModelBatch, contexts: Contexts) -> dict[str, Tensor]:
-    """Run the four passes and return, (n) each, what every counted position adds to each sum."""
+def position_losses(
+    batch: ModelBatch, contexts: Contexts, shared: dict[object, object] | None = None
+) -> dict[str, Tensor]:
+    """Run the four passes and return, (n) each, what every counted position adds to each sum.
+
+    The three that no dictionary writes into are kept in `shared`, and taken from there.
+    """
+    untouched = (shared or {}).get(Untouched)
+    if not isinstance(untouched, Untouched):
+        untouched = _untouched(batch, contexts)
+    if shared is not None:
+        shared[Untouched] = untouched
+    counted, targets, may_replace = untouched.counted, untouched.targets, untouched.may_replace
+    with spliced(batch.lm, batch.places, batch.coder, untouched.rows, may_replace):
+        logits = logits_of(batch.lm, contexts.tokens)
+    losses = _compared(untouched.logits, logits, counted, targets)
+    return {
+        **losses,
+        "zero": untouched.zero,
+        "mean": untouched.mean,
+        "n": torch.ones_like(losses["clean"]),
+        "document_ids": contexts.document_ids.flatten()[counted],
+    }
+
+
+def _untouched(batch: ModelBatch, contexts: Contexts) -> Untouched:
     lm, places, coder = batch.lm, batch.places, batch.coder
     clean, rows = clean_pass(lm, places, contexts.tokens)
     may_replace = contexts.is_kept.flatten().to(rows.device)
@@ -147,15 +193,14 @@ def position_losses(batch: ModelBatch, contexts: Contexts) -> dict[str, Tensor]:
         with replaced(lm, places, may_replace, parts.__getitem__):
             return _cross_entropy(logits_of(lm, contexts.tokens), counted, targets)
 
-    with spliced(lm, places, coder, rows, may_replace):
-        losses = _compared(clean, logits_of(lm, contexts.tokens), counted, targets)
-    return {
-        **losses,
-        "zero": ablated(torch.zeros_like(batch.mean)),
-        "mean": ablated(batch.mean),
-        "n": torch.ones_like(losses["clean"]),
-        "document_ids": contexts.document_ids.flatten()[counted],
-    }
+    zero, mean = ablated(torch.zeros_like(batch.mean)), ablated(batch.mean)
+    return Untouched(clean, rows, may_replace, counted, targets, zero, mean)
+
+
+def contexts_at_once(lm: LanguageModel, contexts: Contexts) -> int:
+    """Return how many contexts' logits are held at once."""
+    size = contexts.tokens.shape[1] * _vocabulary_size(lm.module)
+    return max(LOGIT_ELEMENTS // size, 1)
 
 
 def counted_positions(contexts: Contexts, may_replace: Tensor) -> Tensor:

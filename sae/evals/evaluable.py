@@ -61,19 +61,35 @@ class Evaluable:
 
         Errors: ValueError where the reconstruction holds NaN or infinity.
         """
-        given = self._as_input(self.sites.read(x))
+        latents = self.code_of(self.sites.read(x))
+        return latents, self.write(latents, self.sites.read(x))
+
+    @torch.no_grad()
+    def code_of(self, x: Tensor) -> Latents:
+        """Return the code of x (n, d_in), which is what is read of a row, on x's device."""
+        given = self._as_input(x)
         if hasattr(self.coder, "encode_sparse"):
             latents = self.coder.encode_sparse(given)
-            x_hat = self._decode(latents, given)
         else:
-            dense = self.coder.encode(given)
-            latents, x_hat = from_dense(dense), self._decode(dense, given)
+            latents = from_dense(self.coder.encode(given))
+        return Latents(*(part.to(x.device) for part in latents))
+
+    @torch.no_grad()
+    def write(self, latents: Latents, x: Tensor) -> Tensor:
+        """Return what a code (n, k), of whichever tokens, writes at x (n, d_in): (n, d_out).
+
+        Errors: ValueError where it holds NaN or infinity.
+        """
+        given = self._as_input(x)
+        code = Latents(*(part.to(given.device) for part in latents))
+        is_sparse = hasattr(self.coder, "encode_sparse")
+        x_hat = self._decode(code if is_sparse else code.to_dense(self.d_sae), given)
         if not torch.isfinite(x_hat).all():
             raise ValueError(
                 "reconstructions must be finite; the dictionary gives NaN or infinity on finite "
                 "activations. Its training diverged, or its file is damaged."
             )
-        return Latents(*(part.to(x.device) for part in latents)), x_hat.to(x.device)
+        return x_hat.to(x.device)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return x_hat (n, d_out) of rows x (n, Σ widths), in the coder's dtype, on x's device."""

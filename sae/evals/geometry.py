@@ -41,11 +41,11 @@ TOO_FEW = "it needs two latents with a direction"
 
 LABELS = {
     "dimensionality": Label("dimensions that a latent has to itself"),
-    "interference": Label("mean squared cosine of two latents"),
+    "interference": Label("mean squared cosine of two latents", better="lower", best=0),
     "interference_over_welch": Label("the same over the least possible"),
-    "mean_abs_cosine": Label("mean |cosine| of two latents"),
-    "largest_cosine": Label("largest |cosine| with another latent"),
-    "duplicates": Label("latents for which it is > 0.95", "share"),
+    "mean_abs_cosine": Label("mean |cosine| of two latents", better="lower", best=0),
+    "largest_cosine": Label("largest |cosine| with another latent", better="lower", best=0),
+    "duplicates": Label("latents for which it is > 0.95", "share", better="lower", best=0),
     "effective_rank": Label("effective rank of the decoder"),
     "basis_alignment": Label("alignment with the axes, z-score"),
 }

@@ -54,24 +54,30 @@ N_GROUPS = 10
 BOTH_FIRE = ("z", "z2", "a", "a2", "za")
 
 LABELS = {
-    "f1": Label("F1 of latents as detectors of their nearest feature"),
-    "precision": Label("their precision"),
-    "recall": Label("their recall"),
-    "f1_of_alive": Label("F1, of latents that fired"),
-    "f1_act": Label("F1 of the feature that each fires most like"),
-    "mcc": Label("mean cosine of features and latents, one to one"),
-    "recovered_0.8": Label("of these, with a cosine ≥ 0.8", "share"),
-    "recovered_0.9": Label("of these, with a cosine ≥ 0.9", "share"),
-    "mmcs_latents": Label("mean cosine of a latent with its nearest feature"),
-    "mmcs_features": Label("mean cosine of a feature with its nearest latent"),
-    "uniqueness": Label("different nearest features, over latents"),
-    "code_mcc": Label("mean correlation of codes, one to one"),
-    "magnitude_r2": Label("R² of magnitudes where both fire"),
+    "f1": Label("F1 of latents as detectors of their nearest feature", better="higher", best=1),
+    "precision": Label("their precision", better="higher", best=1),
+    "recall": Label("their recall", better="higher", best=1),
+    "f1_of_alive": Label("F1, of latents that fired", better="higher", best=1),
+    "f1_act": Label("F1 of the feature that each fires most like", better="higher", best=1),
+    "mcc": Label("mean cosine of features and latents, one to one", better="higher", best=1),
+    "recovered_0.8": Label("of these, with a cosine ≥ 0.8", "share", better="higher", best=1),
+    "recovered_0.9": Label("of these, with a cosine ≥ 0.9", "share", better="higher", best=1),
+    "mmcs_latents": Label(
+        "mean cosine of a latent with its nearest feature", better="higher", best=1
+    ),
+    "mmcs_features": Label(
+        "mean cosine of a feature with its nearest latent", better="higher", best=1
+    ),
+    "uniqueness": Label("different nearest features, over latents", better="higher", best=1),
+    "code_mcc": Label("mean correlation of codes, one to one", better="higher", best=1),
+    "magnitude_r2": Label("R² of magnitudes where both fire", better="higher", best=1),
     "ev_oracle": Label("explained variance of the most frequent true features"),
-    "ev_minus_oracle": Label("explained variance above theirs"),
+    "ev_minus_oracle": Label("explained variance above theirs", better="higher"),
     "true_l0": Label("true features a row"),
-    "parent_recall_child_on": Label("parents found where a child fires too"),
-    "parent_recall_child_off": Label("parents found where no child fires"),
+    "parent_recall_child_on": Label(
+        "parents found where a child fires too", better="higher", best=1
+    ),
+    "parent_recall_child_off": Label("parents found where no child fires", better="higher", best=1),
     "pairs_detected": Label("parents found in ≥ 70% of those", "share"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 Where = Hookpoint | str | Sequence[Hookpoint]
+SomeContexts = TypeVar("SomeContexts", bound=Contexts)
 
 
 def activation_contexts(
@@ -47,7 +48,7 @@ def activation_contexts(
         )
 
 
-def limited(contexts: Iterable[Contexts], tokens: int | None) -> Iterator[Contexts]:
+def limited(contexts: Iterable[SomeContexts], tokens: int | None) -> Iterator[SomeContexts]:
     """Yield contexts until they hold `tokens` unmasked tokens; the row that reaches it is the last.
 
     None yields all.
@@ -65,12 +66,18 @@ def limited(contexts: Iterable[Contexts], tokens: int | None) -> Iterator[Contex
             return
 
 
-def rows_of(contexts: Contexts, rows: slice) -> Contexts:
+def rows_of(contexts: SomeContexts, rows: slice) -> SomeContexts:
     """Return the same kind of record with some of its b rows."""
     fields = dataclasses.fields(contexts)
     return dataclasses.replace(
         contexts, **{field.name: getattr(contexts, field.name)[rows] for field in fields}
     )
+
+
+def pieces_of(contexts: SomeContexts, n_rows: int) -> Iterator[SomeContexts]:
+    """Yield the record in parts of at most `n_rows` rows."""
+    for start in range(0, len(contexts.tokens), n_rows):
+        yield rows_of(contexts, slice(start, start + n_rows))
 
 
 class ContextQueue:

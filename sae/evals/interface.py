@@ -37,6 +37,7 @@ class Undefined:
 Value: TypeAlias = float | Undefined
 Reads: TypeAlias = Literal["activations", "contexts", "model", "labelled", "world", "weights"]
 Unit: TypeAlias = Literal["number", "share", "nats", "latents"]
+Better: TypeAlias = Literal["higher", "lower", ""]
 
 
 DEFECTS = (
@@ -47,10 +48,20 @@ DEFECTS = (
 
 
 class Label(NamedTuple):
-    """How a metric is shown: its name in words, its unit."""
+    """How a metric is shown, and how it judges.
+
+    Attributes:
+        text, unit: its name in words, its unit.
+        better: "higher" or "lower" where a dictionary is better that scores so; "" where neither.
+        best: the value of a perfect dictionary; None: nothing bounds it.
+        is_below_truth: on a world the truth's value, not `best`, is the end of the scale.
+    """
 
     text: str
     unit: Unit = "number"
+    better: Better = ""
+    best: float | None = None
+    is_below_truth: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,8 @@ class ModelBatch:
         places: where the coder reads and writes.
         mean: (d_in), mean of the activations that are written, for mean ablation.
         max_norm: tokens of larger activation norm count as masked; None keeps all.
+        shared: what evals found on these contexts that is the same for every dictionary, under
+            keys of their own; dictionaries that are measured side by side are given one.
     """
 
     coder: Evaluable
@@ -125,6 +138,7 @@ class ModelBatch:
     contexts: Contexts
     mean: Tensor
     max_norm: float | None = None
+    shared: dict[object, object] = record_field(default_factory=dict)
 
 
 class Seen:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sae.config import EvalConfig, EvalName
+from sae.evals.company import Company
 from sae.evals.evaluable import Evaluable
 from sae.evals.interface import EvalSetup, Reads
 from sae.evals.provenance import versions
 from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalResults, plain_json
 from sae.evals.run import Clock, Evals, Shared, Tell, results_of, start_evals
-from sae.evals.truth import Truth, TruthBatch
+from sae.evals.truth import (
+    BLOCK_ROWS,
+    TruthBatch,
+    as_contexts,
+    family_pairs,
+    frequent_features,
+    truth_of,
+)
 from sae.worlds.seeds import evaluation_generator
 
 if TYPE_CHECKING:
     from sae.worlds.world import World
 
 READABLE: tuple[Reads, ...] = ("weights", "activations", "world")
-BLOCK_ROWS = 1024
-FREQUENCY_ROWS = 16_384
+__all__ = ["evaluate_on_world", "family_pairs", "frequent_features", "truth_of"]
 
 
 @torch.no_grad()
@@ -38,6 +45,8 @@ def evaluate_on_world(
     pairs: Tensor | None = None,
     n_resamples: int = 1000,
     settings: EvalConfig | None = None,
+    nulls: Iterable[str] = (),
+    twins: Mapping[str, Any] | None = None,
     tell: Tell = lambda *_: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `n_rows` samples of `world`.
@@ -49,6 +58,8 @@ def evaluate_on_world(
             read a language model's text.
         pairs: (p, 2) int64, parent and child features; None: those of the world's trees.
         settings: what evals ask beyond that; None: the defaults.
+        nulls: names of `null_rows.NULLS`, the oracle among them, measured on the same rows.
+        twins: dictionaries of the same world to measure beside it, by name.
         tell: told (stage, rows done, n_rows) after every block.
 
     Errors: ValueError for a wrong name, an eval that needs a language model, no rows, a coder
@@ -61,6 +72,7 @@ def evaluate_on_world(
     truth = truth_of(ready, world, pairs)
     settings = settings or EvalConfig()
     setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready, settings)
+    company = Company(setup, names, world=world, pairs=pairs, nulls=nulls, twins=twins)
     on_weights = start_evals(names, "weights", setup)
     evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
     walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
@@ -70,42 +82,11 @@ def evaluate_on_world(
         with walk.clock.timed("world"):
             sample = world.sample(n, generator)
         walk.add(sample.x, sample.codes, start)
+        company.add(as_contexts(sample, start))
         tell("rows", start + n, n_rows)
-    return results_of(on_weights | evals, walk.clock, _origin(walk, world, setup))
-
-
-def truth_of(coder: Evaluable, world: World, pairs: Tensor | None = None) -> Truth:
-    """Return what the ground truth's eval must know of `world` and of the dictionary."""
-    return Truth(
-        directions=world.directions.cpu(),
-        bias=world.bias.cpu(),
-        decoder=coder.directions().cpu(),
-        frequent=frequent_features(world, coder.d_sae),
-        pairs=family_pairs(world) if pairs is None else pairs,
-    )
-
-
-def frequent_features(world: World, n_wanted: int) -> Tensor:
-    """Return the `n_wanted` features (or all) that fire most, (≤ n_wanted) int64, by rank.
-
-    Counted on rows of their own, so that they are the same for all dictionaries of a width.
-    """
-    generator = evaluation_generator(-1, world.directions.device)
-    counts = torch.zeros(world.n_features, dtype=torch.int64)
-    for start in range(0, FREQUENCY_ROWS, BLOCK_ROWS):
-        n = min(BLOCK_ROWS, FREQUENCY_ROWS - start)
-        counts += (world.sample(n, generator).codes > 0).sum(0).cpu()
-    return counts.argsort(descending=True, stable=True)[:n_wanted]
-
-
-def family_pairs(world: Any) -> Tensor:
-    """Return the world's parents and children as (p, 2) int64; p is 0 where it has no trees."""
-    forest = getattr(getattr(world, "firing", None), "forest", None)
-    if forest is None:
-        return torch.zeros(0, 2, dtype=torch.int64)
-    parent = forest.parent.cpu()
-    children = (parent >= 0).nonzero()[:, 0]
-    return torch.stack([parent[children], children], 1)
+    company.finish()
+    found = results_of(on_weights | evals, walk.clock, _origin(walk, world, setup))
+    return replace(found, nulls=company.results())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,12 @@ NO_CONCEPT = "fewer than two features are both on and off in each half of the ro
 LABELS = {
     "tpp_probe_accuracy": Label("probes of the true features, balanced accuracy"),
     **{
-        f"tpp_{n}": Label(f"concept lost by ablating its {n}, less what others lose") for n in SIZES
+        f"tpp_{n}": Label(
+            f"concept lost by ablating its {n}, less what others lose",
+            better="higher",
+            is_below_truth=False,
+        )
+        for n in SIZES
     },
     "tpp_difference": Label("the same along the difference of means"),
     "tpp_random_direction": Label("the same along a random direction"),

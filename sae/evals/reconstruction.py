@@ -41,11 +41,11 @@ SUMS = ("n", "error", "x_hat_squared", "product", "cosine", "norm_ratio", "n_wit
 NO_VARIANCE = "the activations do not vary"
 
 LABELS = {
-    "fvu": Label("fraction of variance unexplained"),
-    "explained_variance": Label("explained variance"),
-    "fvu_worst_1pct": Label("the same on the worst 1% of tokens"),
-    "mse": Label("squared error per token and dimension"),
-    "cosine": Label("cosine of x and x_hat"),
+    "fvu": Label("fraction of variance unexplained", better="lower", best=0),
+    "explained_variance": Label("explained variance", better="higher", best=1),
+    "fvu_worst_1pct": Label("the same on the worst 1% of tokens", better="lower", best=0),
+    "mse": Label("squared error per token and dimension", better="lower", best=0),
+    "cosine": Label("cosine of x and x_hat", better="higher", best=1),
     "norm_ratio": Label("‖x_hat‖ / ‖x‖"),
     "gamma": Label("reconstruction bias gamma"),
 }

@@ -8,6 +8,8 @@
                  that count in it, so those of `downstream` are positions with a target
     provenance   coder's metadata, d_in, d_sae, measured l0, model, hookpoint, seed, versions, …
     explanations {eval: [[latent, words, who gave them], …]}, of evals that have any
+    nulls        {null: {metrics, undefined, l0, d_sae, how, keeps, destroys, model, left_out}}: the
+                 same metrics of the nulls beside it, on the same tokens; left_out {eval: why}
     arrays       name of the file beside it with what is no single number, or null
 `results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`.
 NaN and infinity are in neither.
@@ -29,9 +31,11 @@ from torch import Tensor
 from sae.config import EvalName
 from sae.evals.interface import Explanation, Label, Undefined, Unit, Value
 from sae.evals.registry import EVALS
+from sae.evals.scale import scale_of
 from sae.files import read_json, write_json, write_tensors
 
 SCHEMA = "sae.evals/1"
+NO_VALUE = "–"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,25 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class NullResult:
+    """What was found of a null: flat metrics as those of the dictionary, and what the null is.
+
+    how, keeps, destroys: as its row in `null_rows` says. model: the model it was read from.
+    left_out: evals that were not run on it, and why.
+    """
+
+    metrics: Mapping[str, float | None]
+    undefined: Mapping[str, str]
+    l0: float
+    d_sae: int
+    how: str
+    keeps: str
+    destroys: str
+    model: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EvalResults:
     """What an evaluation found; fields as in the module's description of `results.json`."""
 
@@ -54,6 +77,7 @@ class EvalResults:
     provenance: Mapping[str, Any]
     arrays: Mapping[str, Tensor]
     explanations: Mapping[EvalName, list[Explanation]] = field(default_factory=dict)
+    nulls: Mapping[str, NullResult] = field(default_factory=dict)
 
 
 def collect(
@@ -108,6 +132,7 @@ def write_results(results: EvalResults, path: str | Path) -> None:
             "evals": {name: asdict(record) for name, record in results.evals.items()},
             "provenance": dict(results.provenance),
             "explanations": {name: list(found) for name, found in results.explanations.items()},
+            "nulls": {name: asdict(null) for name, null in results.nulls.items()},
             "arrays": beside.name if results.arrays else None,
         },
     )
@@ -134,15 +159,20 @@ def read_results(path: str | Path) -> EvalResults:
         name: [Explanation(*row) for row in rows]
         for name, rows in content.get("explanations", {}).items()
     }
+    nulls = {name: NullResult(**null) for name, null in content.get("nulls", {}).items()}
     return EvalResults(
-        content["metrics"], content["undefined"], records, content["provenance"], arrays, words
+        *(content["metrics"], content["undefined"], records, content["provenance"], arrays),
+        explanations=words,
+        nulls=nulls,
     )
 
 
 class TableRow(NamedTuple):
     """A line of the printed table, ready to show.
 
-    `interval` is empty where there is none; where there is no value it says why.
+    `interval` is empty where there is none; where there is no value it says why. `share`: how far
+    the score is from its shuffled codes' to the truth's or the best (`scale`); empty where that
+    says nothing. `nulls`: the scores of `EvalResults.nulls`, in their order.
     """
 
     group: str
@@ -150,6 +180,8 @@ class TableRow(NamedTuple):
     value: str
     interval: str
     metric: str
+    share: str = ""
+    nulls: tuple[str, ...] = ()
 
 
 def table_rows(results: EvalResults) -> list[TableRow]:
@@ -171,24 +203,33 @@ def _labels(name: EvalName, record: EvalRecord) -> dict[str, Label]:
 
 def _row(results: EvalResults, group: str, metric: str, label: Label) -> TableRow:
     value = results.metrics[metric]
+    nulls = tuple(
+        _shown(null.metrics.get(metric), label.unit, digits=3).removesuffix(" nats")
+        for null in results.nulls.values()
+    )
+    if value is None:
+        why = results.undefined.get(metric, "")
+        return TableRow(group, label.text, NO_VALUE, why, metric, "", nulls)
     low, high = (results.metrics.get(f"{metric}/{end}") for end in ("low", "high"))
     interval = ""
     if low is not None and high is not None:
         interval = f"{_shown(low, label.unit)} … {_shown(high, label.unit)}".replace(" nats", "")
+    scale = scale_of(metric, label, results)
+    share = "" if scale is None else f"{scale.share(value):.2f}".replace("-0.00", "0.00")
+    return TableRow(group, label.text, _shown(value, label.unit), interval, metric, share, nulls)
+
+
+def _shown(value: float | None, unit: Unit, digits: int = 4) -> str:
     if value is None:
-        return TableRow(group, label.text, "–", results.undefined.get(metric, ""), metric)
-    return TableRow(group, label.text, _shown(value, label.unit), interval, metric)
-
-
-def _shown(value: float, unit: Unit) -> str:
+        return NO_VALUE
     if unit == "share":
         return f"{100 * value:.3g}%"
     if unit == "nats":
-        return f"{value:.4f} nats"
+        return f"{value:.{digits}f} nats"
     if unit == "latents":
         return f"{value:,.0f}"
     is_plain = value == 0 or 1e-3 <= abs(value) < 1e5
-    return f"{value:.4f}".rstrip("0").rstrip(".") if is_plain else f"{value:.3g}"
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if is_plain else f"{value:.3g}"
 
 
 def plain_json(value: object) -> Any:

@@ -8,8 +8,9 @@ ablation needs that mean. What is evaluated, and up to which token, is in `input
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sae.coder.latents import Latents, joined
 from sae.config import EvalConfig, EvalName
+from sae.evals.company import Company
 from sae.evals.evaluable import Evaluable
 from sae.evals.inputs import Capture, ContextQueue, Where, limited
 from sae.evals.interface import (
@@ -66,6 +68,8 @@ def evaluate(
     seed: int = 0,
     n_resamples: int = 1000,
     settings: EvalConfig | None = None,
+    nulls: Iterable[str] = (),
+    twins: Mapping[str, Any] | None = None,
     tell: Tell = lambda *_: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `contexts`.
@@ -84,6 +88,8 @@ def evaluate(
         max_norm: leave out tokens of larger activation norm, in raw units.
         seed, n_resamples: of the bootstrap.
         settings: what evals ask beyond that, such as who judges; None: the defaults.
+        nulls: names of `null_rows.NULLS`, measured beside it on the same activations.
+        twins: dictionaries of the same places to measure beside it, by name.
         tell: told (stage, unmasked tokens done, wanted or None) after every batch.
 
     Errors: ValueError for a wrong name and a coder whose width is not the hookpoint's (before the
@@ -96,6 +102,7 @@ def evaluate(
     ready = Evaluable(coder, capture.width, capture.place)
     settings = settings or EvalConfig()
     setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, coder=ready, settings=settings)
+    company = Company(setup, names, capture, nulls=nulls, twins=twins)
     on_weights = start_evals(names, "weights", setup)
     on_activations = start_evals(names, "activations", setup)
     on_contexts = start_evals(names, "contexts", setup)
@@ -113,18 +120,20 @@ def evaluate(
             captured = capture(batch)
         latents = _update(shared, on_activations, captured, ready, capture.place, clock)
         _update_on_contexts(on_contexts, captured, latents, capture, clock)
+        company.add(captured)
         tell("activations", shared.seen.n_tokens, wanted)
     shared.require_tokens()
+    company.finish()
 
     if lm is not None and capture.places is not None:
         at_places = partial(ModelBatch, ready, lm, capture.places)
         make_batch = partial(at_places, mean=shared.mean, max_norm=max_norm)
-        _run_model_evals(on_model, make_batch, queue, clock, tell)
+        _run_model_evals(on_model, company, make_batch, queue, clock, tell)
         _run_labelled_evals(on_labelled, capture, ready, settings.probe_context_tokens, clock, tell)
 
     origin = _origin(ready, capture, shared, setup, clock)
-    on_tokens = on_activations | on_contexts
-    return results_of(on_weights | on_tokens | on_model | on_labelled, clock, origin)
+    evals = on_weights | on_activations | on_contexts | on_model | on_labelled
+    return replace(results_of(evals, clock, origin), nulls=company.results())
 
 
 class Clock:
@@ -234,6 +243,7 @@ def _update_on_contexts(
 
 def _run_model_evals(
     evals: Evals,
+    company: Company,
     make_batch: Callable[..., ModelBatch],
     queue: ContextQueue,
     clock: Clock,
@@ -243,7 +253,7 @@ def _run_model_evals(
         n_done = 0
         for contexts in queue.contexts:
             with clock.timed(name):
-                accumulator.update(make_batch(contexts=contexts))
+                company.run_model(name, accumulator, make_batch, contexts)
             n_done += int(contexts.is_kept.sum())
             tell(name, n_done, queue.n_tokens)
 

@@ -37,7 +37,7 @@ LABELS = {
     "l0": Label("L0, latents firing on a token"),
     "l0_sd": Label("its standard deviation"),
     "l0_p99": Label("its 99th percentile", "latents"),
-    "dead": Label("latents that never fired", "share"),
+    "dead": Label("latents that never fired", "share", better="lower", best=0),
     "dead_rate_bound": Label("their firing rate is below (95%)"),
     "rate_under_1e-5": Label("latents firing on < 1 in 100,000 tokens", "share"),
     "rate_under_1e-6": Label("latents firing on < 1 in 1,000,000 tokens", "share"),

@@ -24,6 +24,7 @@ from sae.coder.sites import Sites
 from sae.configuration import from_command_line, from_flat
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
 from sae.evals.on_world import frequent_features
+from sae.files import read_json, write_json
 from sae.train.distributed import make_accelerator
 from sae.train.run import resolve, with_world
 from sae.train.trainer import train_coder
@@ -49,6 +50,7 @@ RECIPES = {
 }
 PEERS = ("sae-lens batchtopk", "sae-lens matryoshka")
 NULLS = ("oracle", "frozen random decoder", "random directions", "oracle, codes shuffled")
+FACTS_FILE = "trained.json"
 MATRYOSHKA_SHARES = (128, 512, 2048, 4096)  # of 4096, as the benchmark's own widths
 
 
@@ -58,6 +60,7 @@ class Task:
 
     base: the size of the dictionary, and what trainers without a configuration of ours train with.
     given: dotted settings that replace those of all, ours too.
+    keep: where dictionaries of ours stay, and are taken from where they are there already.
     """
 
     world: World
@@ -65,6 +68,7 @@ class Task:
     seed: int
     base: dict[str, Any]
     given: dict[str, Any]
+    keep: Path | None = None
 
     @property
     def batch(self) -> int:
@@ -124,7 +128,20 @@ def train(recipe: str, task: Task) -> Trained:
     return makers[recipe](task) if recipe in makers else _ours(RECIPES[recipe], task)
 
 
-def _ours(config: Path, task: Task) -> Trained:
+def _ours(config: Path, task: Task, name: str | None = None) -> Trained:
+    """Return a dictionary of ours as it is after saving and loading, trained unless it was kept."""
+    with contextlib.ExitStack() as stack:
+        folder = task.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder / f"{name or config.stem}-{task.seed}"
+        if not (folder / FACTS_FILE).exists():
+            _train_ours(config, task, folder)
+        facts = read_json(folder / FACTS_FILE)
+        times = (facts.pop("seconds"), facts.pop("data_seconds"))
+        return Trained(sae.load(folder / "final"), *times, facts)
+
+
+def _train_ours(config: Path, task: Task, folder: Path) -> None:
+    """Train, save the dictionary and, when that is done, what it took."""
     fixed = {"train.tokens": task.samples, "run.seed": task.seed, "run.device": "cpu"}
     cfg = with_world(
         from_flat({**task.given, **fixed}, from_command_line([str(config)], "bench_worlds"))
@@ -137,11 +154,10 @@ def _ours(config: Path, task: Task) -> Trained:
     start = time.perf_counter()
     coder = train_coder(cfg, source, accelerator, is_shown=False)
     seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        save_dictionary(coder, Path(folder) / "final")
-        loaded = sae.load(Path(folder) / "final")
+    save_dictionary(coder, folder / "final")
+    times = {"seconds": seconds - timed.seconds, "data_seconds": timed.seconds}
     facts = {"config": f"{CONFIGS.name}/{config.name}", "step": cfg.train.step}
-    return Trained(loaded, seconds - timed.seconds, timed.seconds, facts)
+    write_json(folder / FACTS_FILE, {**facts, **times})
 
 
 def _sae_lens(task: Task, *, is_matryoshka: bool) -> Trained:
@@ -239,4 +255,4 @@ def _frozen_decoder(task: Task) -> Trained:
         "train.optimizer": "adam",
         "train.lr": task.base["train.lr"],
     }
-    return _ours(RECIPES["topk"], replace(task, given={**task.given, **null}))
+    return _ours(RECIPES["topk"], replace(task, given={**task.given, **null}), "frozen")

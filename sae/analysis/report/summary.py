@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sae.analysis.report.latent_scores import LatentScores, latent_scores
+from sae.analysis.report.scales import Scales, scales_of
 from sae.evals.registry import EVALS
 from sae.evals.results import EvalResults, TableRow, read_results, table_rows
 
@@ -62,6 +63,7 @@ class Summary:
     curves: dict[str, Any]
     details: list[tuple[str, str]]
     scores: LatentScores
+    scales: Scales
 
 
 def read_summary(run_folder: Path, d_sae: int) -> Summary:
@@ -80,6 +82,7 @@ def read_summary(run_folder: Path, d_sae: int) -> Summary:
         curves=_curves(rows),
         details=[(name, _text(run_folder / name)) for name in ("config.yaml", "env.json")],
         scores=latent_scores(results, d_sae),
+        scales=scales_of(results),
     )
 
 

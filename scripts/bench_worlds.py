@@ -2,6 +2,7 @@
 
     python scripts/bench_worlds.py --recipes topk "sae-lens batchtopk" nulls --seeds 0 1 2
     python scripts/bench_worlds.py --recipes topk --samples 1000000 --set train.lr=1e-3
+    python scripts/bench_worlds.py --recipes metrics     # what metrics make of truth and nulls
     python scripts/bench_worlds.py --merge a.json b.json --out c.json
 
 Runs that are in the JSON already are skipped: the same command goes on after a stop, and processes
@@ -22,7 +23,15 @@ import torch
 import yaml
 from benchmarking import machine, world_results
 from benchmarking.rows import Absent
-from benchmarking.world_runs import BASE, NULLS, PEERS, RECIPES, Task, train
+from benchmarking.world_runs import (
+    BASE,
+    METRICS,
+    NULLS,
+    PEERS,
+    RECIPES,
+    Task,
+    train,
+)
 
 from sae.cli import is_ours
 from sae.config import WorldConfig
@@ -31,7 +40,8 @@ from sae.evals import evaluate_on_world
 from sae.files import read_json
 from sae.worlds import make_world
 
-GROUPS = {"ours": RECIPES, "sae-lens": PEERS, "nulls": NULLS}
+GROUPS = {"ours": RECIPES, "sae-lens": PEERS, "nulls": NULLS, "metrics": METRICS}
+BY_DEFAULT = ("ours", "sae-lens", "nulls")
 PEER_PACKAGES = ("sae-lens",)
 EVALUATION_SEED = 0
 
@@ -99,13 +109,14 @@ def _run_all(
                     world, options.samples, seed, document["base"], given(options.set), options.keep
                 ),
                 options.rows,
+                options.evals,
             )
             world_results.add(document, row)
             world_results.save(path, document)
             print(world_results.one_line(row), flush=True)
 
 
-def run(recipe: str, task: Task, n_rows: int) -> dict[str, Any]:
+def run(recipe: str, task: Task, n_rows: int, names: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure once; a run that cannot be says why in its row."""
     row: dict[str, Any] = {"recipe": recipe, "seed": task.seed}
     try:
@@ -114,7 +125,9 @@ def run(recipe: str, task: Task, n_rows: int) -> dict[str, Any]:
         if not (isinstance(error, Absent) or is_ours(error)):
             raise  # a fault, and no refusal
         return {**row, "reason": f"{type(error).__name__}: {error}"}
-    results = evaluate_on_world(trained.coder, task.world, n_rows, seed=EVALUATION_SEED)
+    results = evaluate_on_world(
+        trained.coder, task.world, n_rows, seed=EVALUATION_SEED, names=names
+    )
     rate = task.samples / trained.seconds if trained.seconds else None
     return {
         **row,
@@ -149,11 +162,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipes", nargs="+", default=list(GROUPS), help=f"names, or {', '.join(GROUPS)}"
+        "--recipes", nargs="+", default=list(BY_DEFAULT), help=f"names, or {', '.join(GROUPS)}"
     )
     parser.add_argument("--world", default="synth_1k", help="a named world (synth_1k)")
     parser.add_argument("--samples", type=int, default=10_000_000, help="samples a run is given")
     parser.add_argument("--rows", type=int, default=102_400, help="fresh samples it is measured on")
+    parser.add_argument("--evals", nargs="+", help="names or sets, as of `sae eval` (its own)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument(

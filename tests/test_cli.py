@@ -79,7 +79,7 @@ def test_report_writes_one_file(finished_run: Path, capsys: pytest.CaptureFixtur
         (["eval", "{run}/final"], "`data.source` must name"),
         (["report", "/nowhere/at-all"], "must be a run folder"),
         (["eval", "{run}", "--model.hookpoint", "model.layers.2.mlp.up_proj"], "d_in"),
-        (["evla"], "the first word must be one of train, plan, eval, report, harvest"),
+        (["evla"], "the first word must be one of train, plan, eval, compare, report, harvest"),
     ],
 )
 def test_mistakes_end_with_one_message(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "config": 0,
     "configuration": 1,
+    "axes": 0,
     "files": 0,
     "sae_kernels": 0,
     "coder": 2,

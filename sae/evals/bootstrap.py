@@ -4,7 +4,8 @@ A metric is a function of weighted block sums. All weights 1 give its value; wei
 often each block was drawn give one resample. The interval runs from the 2.5th to the 97.5th
 percentile of the resamples. Blocks are drawn, not tokens: tokens of one document are alike, and
 drawing tokens would give intervals that are far too narrow. Two dictionaries evaluated on the same
-documents with the same seed are resampled alike.
+documents with the same seed are resampled alike: the differences of their draws are those of a
+paired bootstrap (`pairing`), which is why a value keeps its draws.
 
 Source: Efron 1982, "The jackknife, the bootstrap and other resampling plans" (percentile interval).
 """
@@ -25,6 +26,24 @@ MIN_BLOCKS = 8
 Statistics = Callable[[Tensor], Mapping[str, Tensor]]
 
 
+class Estimate(float):
+    """A number with the resamples behind its interval.
+
+    Attributes:
+        draws: (n_resamples) float64. is_present: (n_blocks) bool, the blocks drawn from.
+    """
+
+    draws: Tensor
+    is_present: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, draws: Tensor, is_present: Tensor) -> Estimate:
+        """Return `value` with its draws."""
+        estimate = cls(value)
+        estimate.draws, estimate.is_present = draws.clone(), is_present.clone()
+        return estimate
+
+
 def with_intervals(
     statistics: Statistics,
     is_present: Tensor,
@@ -32,6 +51,7 @@ def with_intervals(
     seed: int,
     n_resamples: int,
     reasons: Mapping[str, str] | None = None,
+    can_pair: bool = True,
 ) -> dict[str, Value]:
     """Return each statistic as `name`, `name/low` and `name/high`.
 
@@ -40,6 +60,8 @@ def with_intervals(
             where a set of weights leaves it undefined.
         is_present: (n_blocks) bool, the blocks that hold tokens.
         reasons: why a statistic may be undefined.
+        can_pair: the blocks are the same for every dictionary, as documents are and latents are
+            not; the value then is an `Estimate`.
     """
     whole = statistics(is_present.double()[None])
     draws = statistics(resampling_weights(is_present, seed, n_resamples))
@@ -50,8 +72,8 @@ def with_intervals(
             reason = (reasons or {}).get(name, "its denominator is 0 on these tokens")
             results[name] = Undefined(reason)
             continue
-        results[name] = float(value)
-        low, high = _interval(draws[name], n_present)
+        results[name] = Estimate.of(value, draws[name], is_present) if can_pair else float(value)
+        low, high = interval(draws[name], n_present)
         results |= {f"{name}/low": low, f"{name}/high": high}
     return results
 
@@ -68,7 +90,8 @@ def resampling_weights(is_present: Tensor, seed: int, n_resamples: int) -> Tenso
     return weights
 
 
-def _interval(draws: Tensor, n_present: int) -> tuple[Value, Value]:
+def interval(draws: Tensor, n_present: int) -> tuple[Value, Value]:
+    """Return the 95% interval that draws from `n_present` blocks give."""
     if n_present < MIN_BLOCKS:
         undefined = Undefined(f"an interval needs {MIN_BLOCKS} documents; there are {n_present}")
         return undefined, undefined

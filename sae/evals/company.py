@@ -27,6 +27,7 @@ from sae.evals.null_rows import (
     evals_of_nulls,
     require_possible,
 )
+from sae.evals.ranks import Ranks
 from sae.evals.registry import EVALS
 from sae.evals.results import EvalResults, NullResult, collect
 from sae.evals.rotation import n_tokens
@@ -156,6 +157,16 @@ class Company:
         model = None if walk.lm is None else walk.lm.name
         origin = {"l0": walk.l0, "d_sae": walk.coder.d_sae, "model": model}
         return as_null(name, replace(found, provenance=origin), self._left_out)
+
+
+def require_one_process(ranks: Ranks, beside: Iterable[str]) -> None:
+    """Refuse to measure nulls on several processes: each is shuffled and fitted on all tokens."""
+    names = list(beside)
+    if names and ranks.size > 1:
+        raise ValueError(
+            f"nulls must be measured by one process; got {ranks.size} for {', '.join(names)}. "
+            "Leave the launcher out, or `--nulls`."
+        )
 
 
 def as_null(name: str, found: EvalResults, left_out: Mapping[str, str]) -> NullResult:

@@ -152,6 +152,11 @@ class Seen:
     def n_documents(self) -> int:
         return len(self._documents)
 
+    @property
+    def documents(self) -> Tensor:
+        """Their ids, sorted, (n_documents) int64."""
+        return self._documents
+
     def update(self, document_ids: Tensor) -> None:
         """Add one token for each of `document_ids` (n)."""
         self.n_tokens += document_ids.numel()

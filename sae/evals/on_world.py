@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from sae.config import EvalConfig, EvalName
-from sae.evals.company import Company
+from sae.evals.company import Company, require_one_process
 from sae.evals.evaluable import Evaluable
+from sae.evals.fingerprint import dictionary_digest
+from sae.evals.finishing import Clock, Evals, Finishing, Keep
 from sae.evals.interface import EvalSetup, Reads
 from sae.evals.provenance import versions
+from sae.evals.ranks import Ranks
 from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalResults, plain_json
-from sae.evals.run import Clock, Evals, Shared, Tell, results_of, start_evals
+from sae.evals.resuming import with_nulls
+from sae.evals.run import Shared, Tell, start_evals
 from sae.evals.truth import (
     BLOCK_ROWS,
     TruthBatch,
@@ -48,8 +52,13 @@ def evaluate_on_world(
     nulls: Iterable[str] = (),
     twins: Mapping[str, Any] | None = None,
     tell: Tell = lambda *_: None,
+    about: Mapping[str, Any] | None = None,
+    before: EvalResults | None = None,
+    keep: Keep = lambda _: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `n_rows` samples of `world`.
+
+    Of several processes (`ranks.join_ranks`) the first returns it, from what all evaluated.
 
     Args:
         coder: anything with encode (or encode_sparse) and decode.
@@ -61,6 +70,7 @@ def evaluate_on_world(
         nulls: names of `null_rows.NULLS`, the oracle among them, measured on the same rows.
         twins: dictionaries of the same world to measure beside it, by name.
         tell: told (stage, rows done, n_rows) after every block.
+        about, before, keep: as for `evaluate`.
 
     Errors: ValueError for a wrong name, an eval that needs a language model, no rows, a coder
     whose width is not the world's, and reconstructions that are not finite.
@@ -69,24 +79,34 @@ def evaluate_on_world(
     if n_rows < 1:
         raise ValueError(f"`n_rows` must be at least 1; got {n_rows}. Give some ten thousand.")
     ready = Evaluable(coder, world.d_in, "the world")
+    ranks, clock = Ranks.here(), Clock()
+    beside = (*nulls, *(twins or {}))
+    require_one_process(ranks, beside)
+    finishing = Finishing(clock, ranks, with_nulls(before, names, beside), keep)
+    left = finishing.left(names)
+    if not left:
+        return finishing.results
     truth = truth_of(ready, world, pairs)
     settings = settings or EvalConfig()
     setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready, settings)
-    company = Company(setup, names, world=world, pairs=pairs, nulls=nulls, twins=twins)
-    on_weights = start_evals(names, "weights", setup)
-    evals = start_evals(names, "activations", setup) | start_evals(names, "world", setup)
-    walk = _Walk(ready, evals, Shared(ready.d_in), Clock())
+    company = Company(setup, left, world=world, pairs=pairs, nulls=nulls, twins=twins)
+    on_weights = start_evals(left, "weights", setup)
+    evals = start_evals(left, "activations", setup) | start_evals(left, "world", setup)
+    walk = _Walk(ready, evals, Shared(ready.d_in), clock)
     generator = evaluation_generator(seed, world.directions.device)
-    for start in range(0, n_rows, BLOCK_ROWS):
+    for number, start in enumerate(range(0, n_rows, BLOCK_ROWS)):
         n = min(BLOCK_ROWS, n_rows - start)
-        with walk.clock.timed("world"):
+        with clock.timed("world"):
             sample = world.sample(n, generator)
-        walk.add(sample.x, sample.codes, start)
+        if ranks.takes(number):
+            walk.add(sample.x, sample.codes, start)
         company.add(as_contexts(sample, start))
         tell("rows", start + n, n_rows)
     company.finish()
-    found = results_of(on_weights | evals, walk.clock, _origin(walk, world, setup))
-    return replace(found, nulls=company.results())
+    shared = walk.shared.over(ranks)
+    origin = _origin(ready, shared, clock, world, setup) | dict(about or {})
+    finishing.finish(on_weights | evals, origin, shared.arrays())
+    return replace(finishing.results, nulls={**finishing.results.nulls, **company.results()})
 
 
 @dataclass(frozen=True)
@@ -124,21 +144,25 @@ def _wanted_names(names: Iterable[str] | None) -> tuple[EvalName, ...]:
     return wanted
 
 
-def _origin(walk: _Walk, world: Any, setup: EvalSetup) -> dict[str, Any]:
+def _origin(
+    coder: Evaluable, shared: Shared, clock: Clock, world: Any, setup: EvalSetup
+) -> dict[str, Any]:
     """Return what the numbers were made from and with."""
     cfg = getattr(world, "cfg", None)
     settings = {} if cfg is None else asdict(cfg)
-    seen, seconds = walk.shared.seen, walk.clock.seconds
+    seen, seconds = shared.seen, clock.seconds
     return {
-        "coder": plain_json(walk.coder.metadata),
+        "coder": plain_json(coder.metadata),
+        "dictionary": dictionary_digest(coder.coder),
         "d_in": setup.d_in,
         "d_sae": setup.d_sae,
-        "l0": walk.shared.l0,
+        "l0": shared.l0,
         "model": None,
         "hookpoint": None,
         "world": {key: value for key, value in settings.items() if value is not None},
         "n_tokens": seen.n_tokens,
         "n_documents": seen.n_documents,
+        "evaluated": str(shared.digest),
         "seed": setup.seed,
         "n_resamples": setup.n_resamples,
         "seconds": {name: seconds.get(name, 0.0) for name in ("world", "coder")},

@@ -1,5 +1,7 @@
 """The outcome of an evaluation: a record, two files, a table.
 
+`results.schema.json` beside this file says the same as a JSON schema.
+
 `results.json`:
     schema       "sae.evals/1"
     metrics      {name: number or null}, flat; `name/low` and `name/high` bound a 95% interval
@@ -11,7 +13,9 @@
     nulls        {null: {metrics, undefined, l0, d_sae, how, keeps, destroys, model, left_out}}: the
                  same metrics of the nulls beside it, on the same tokens; left_out {eval: why}
     arrays       name of the file beside it with what is no single number, or null
-`results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`.
+`results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`; and of
+each metric with an interval over documents `draws/name`, its resamples, and `drawn_from/name`, the
+blocks of documents they are from, with which `pairing` compares dictionaries.
 NaN and infinity are in neither.
 """
 
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.config import EvalName
+from sae.evals.bootstrap import Estimate
 from sae.evals.interface import Explanation, Label, Undefined, Unit, Value
 from sae.evals.registry import EVALS
 from sae.evals.scale import scale_of
@@ -36,6 +41,8 @@ from sae.files import read_json, write_json, write_tensors
 
 SCHEMA = "sae.evals/1"
 NO_VALUE = "–"
+OF_METRICS = ("draws", "drawn_from")
+"""Groups of arrays that are named after metrics."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ def collect(
     """
     flat: dict[str, float | None] = {}
     undefined: dict[str, str] = {}
+    draws: dict[str, Tensor] = {}
     for eval_name, values in metrics.items():
         for name, value in values.items():
             if name in flat:
@@ -101,9 +109,55 @@ def collect(
             flat[name] = number
             if reason is not None:
                 undefined[name] = reason
-    named = {f"{e}/{name}": array for e, group in arrays.items() for name, array in group.items()}
+            elif isinstance(value, Estimate):
+                draws |= {f"draws/{name}": value.draws, f"drawn_from/{name}": value.is_present}
+    named = draws | {
+        f"{e}/{name}": array for e, group in arrays.items() for name, array in group.items()
+    }
     words = dict(explanations or {})
     return EvalResults(flat, undefined, records, provenance, named, words)
+
+
+def joined_results(before: EvalResults, after: EvalResults) -> EvalResults:
+    """Return the evals of both, in the registry's order; the provenance is that of `after`.
+
+    Errors: RuntimeError where both have a metric of one name.
+    """
+    if twice := before.metrics.keys() & after.metrics.keys():
+        raise RuntimeError(f"metric names must be unique; two evals have {sorted(twice)[0]!r}.")
+    records: dict[EvalName, EvalRecord] = {**before.evals, **after.evals}
+    order = [*(name for name in EVALS if name in records), *(records.keys() - EVALS.keys())]
+    ordered: dict[EvalName, EvalRecord] = {name: records[name] for name in order}
+    metrics = {**before.metrics, **after.metrics}
+    return EvalResults(
+        {name: metrics[name] for eval_name in order for name in records[eval_name].metrics},
+        {**before.undefined, **after.undefined},
+        ordered,
+        after.provenance,
+        {**before.arrays, **after.arrays},
+        {**before.explanations, **after.explanations},
+        {**before.nulls, **after.nulls},
+    )
+
+
+def without_evals(results: EvalResults, names: Iterable[EvalName]) -> EvalResults:
+    """Return the results less those of some evals."""
+    gone: set[EvalName] = {name for name in names if name in results.evals}
+    metrics = {metric for name in gone for metric in results.evals[name].metrics}
+
+    def is_kept(array: str) -> bool:
+        group, name = array.split("/", 1)
+        return (name not in metrics) if group in OF_METRICS else group not in gone
+
+    return EvalResults(
+        {name: value for name, value in results.metrics.items() if name not in metrics},
+        {name: why for name, why in results.undefined.items() if name not in metrics},
+        {name: record for name, record in results.evals.items() if name not in gone},
+        results.provenance,
+        {name: array for name, array in results.arrays.items() if is_kept(name)},
+        {name: said for name, said in results.explanations.items() if name not in gone},
+        {} if gone else results.nulls,
+    )
 
 
 def _number_or_reason(value: Value) -> tuple[float | None, str | None]:
@@ -204,7 +258,7 @@ def _labels(name: EvalName, record: EvalRecord) -> dict[str, Label]:
 def _row(results: EvalResults, group: str, metric: str, label: Label) -> TableRow:
     value = results.metrics[metric]
     nulls = tuple(
-        _shown(null.metrics.get(metric), label.unit, digits=3).removesuffix(" nats")
+        shown(null.metrics.get(metric), label.unit, digits=3).removesuffix(" nats")
         for null in results.nulls.values()
     )
     if value is None:
@@ -213,13 +267,14 @@ def _row(results: EvalResults, group: str, metric: str, label: Label) -> TableRo
     low, high = (results.metrics.get(f"{metric}/{end}") for end in ("low", "high"))
     interval = ""
     if low is not None and high is not None:
-        interval = f"{_shown(low, label.unit)} … {_shown(high, label.unit)}".replace(" nats", "")
+        interval = f"{shown(low, label.unit)} … {shown(high, label.unit)}".replace(" nats", "")
     scale = scale_of(metric, label, results)
     share = "" if scale is None else f"{scale.share(value):.2f}".replace("-0.00", "0.00")
-    return TableRow(group, label.text, _shown(value, label.unit), interval, metric, share, nulls)
+    return TableRow(group, label.text, shown(value, label.unit), interval, metric, share, nulls)
 
 
-def _shown(value: float | None, unit: Unit, digits: int = 4) -> str:
+def shown(value: float | None, unit: Unit, digits: int = 4) -> str:
+    """Return a number with its unit, for people."""
     if value is None:
         return NO_VALUE
     if unit == "share":

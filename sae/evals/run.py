@@ -2,14 +2,13 @@
 
 The activations of the contexts pass once through all evals that read activations, with their mean
 and L0 on the side. Evals that run the model itself follow, on the first of the same contexts: mean
-ablation needs that mean. What is evaluated, and up to which token, is in `inputs`.
+ablation needs that mean. What is evaluated, and up to which token, is in `inputs`; how several
+processes share it, in `ranks`; how evals that finished are kept, in `finishing`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,24 +19,26 @@ from torch import Tensor
 
 from sae.coder.latents import Latents, joined
 from sae.config import EvalConfig, EvalName
-from sae.evals.company import Company
+from sae.evals.company import Company, require_one_process
 from sae.evals.evaluable import Evaluable
+from sae.evals.fingerprint import TokenDigest, dictionary_digest
+from sae.evals.finishing import Clock, Evals, Finishing, Keep
 from sae.evals.inputs import Capture, ContextQueue, Where, limited
 from sae.evals.interface import (
     Accumulator,
     ContextBatch,
     EvalBatch,
     EvalSetup,
-    Explains,
-    Explanation,
     ModelBatch,
     Reads,
     Seen,
 )
 from sae.evals.probing.reading import labelled_batches
 from sae.evals.provenance import versions
+from sae.evals.ranks import Ranks
 from sae.evals.registry import EVALS, chosen_names
-from sae.evals.results import EvalRecord, EvalResults, collect, plain_json
+from sae.evals.results import EvalResults, plain_json
+from sae.evals.resuming import with_nulls
 from sae.stream.contexts import CapturedContexts, Contexts
 from sae.stream.source import require_finite
 
@@ -49,7 +50,6 @@ WITHOUT_MODEL: tuple[Reads, ...] = ("weights", "activations")
 ALL_BUT_WORLD: tuple[Reads, ...] = (*WITHOUT_MODEL, "contexts", "model", "labelled")
 NEED_MODEL = ("model", "labelled")
 Tell = Callable[[str, int, int | None], None]
-Evals = dict[EvalName, Accumulator]
 
 
 @torch.no_grad()
@@ -71,8 +71,14 @@ def evaluate(
     nulls: Iterable[str] = (),
     twins: Mapping[str, Any] | None = None,
     tell: Tell = lambda *_: None,
+    about: Mapping[str, Any] | None = None,
+    before: EvalResults | None = None,
+    keep: Keep = lambda _: None,
 ) -> EvalResults:
     """Return what the evals `names` say of `coder` on `contexts`.
+
+    Of several processes (`ranks.join_ranks`) the first returns it, from what all evaluated; the
+    others return results without evals.
 
     Args:
         coder: anything with encode (or encode_sparse) and decode.
@@ -91,6 +97,9 @@ def evaluate(
         nulls: names of `null_rows.NULLS`, measured beside it on the same activations.
         twins: dictionaries of the same places to measure beside it, by name.
         tell: told (stage, unmasked tokens done, wanted or None) after every batch.
+        about: what the provenance should say beside.
+        before: results of the same coder on the same contexts, whose evals are not run again.
+        keep: given all results so far whenever an eval has finished.
 
     Errors: ValueError for a wrong name and a coder whose width is not the hookpoint's (before the
     first batch), for contexts without tokens, and for activations or reconstructions that are not
@@ -102,67 +111,68 @@ def evaluate(
     ready = Evaluable(coder, capture.width, capture.place)
     settings = settings or EvalConfig()
     setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, coder=ready, settings=settings)
-    company = Company(setup, names, capture, nulls=nulls, twins=twins)
-    on_weights = start_evals(names, "weights", setup)
-    on_activations = start_evals(names, "activations", setup)
-    on_contexts = start_evals(names, "contexts", setup)
-    on_model = start_evals(names, "model", setup)
-    on_labelled = start_evals(names, "labelled", setup)
-    clock = Clock()
+    ranks, clock = Ranks.here(), Clock()
+    beside = (*nulls, *(twins or {}))
+    require_one_process(ranks, beside)
+    finishing = Finishing(clock, ranks, with_nulls(before, names, beside), keep)
+    left = finishing.left(names)
+    company = Company(setup, left, capture, nulls=nulls, twins=twins)
+    on_weights = start_evals(left, "weights", setup)
+    on_activations = start_evals(left, "activations", setup)
+    on_contexts = start_evals(left, "contexts", setup)
+    on_model = start_evals(left, "model", setup)
+    on_labelled = start_evals(left, "labelled", setup)
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
     queue = ContextQueue(n_model_tokens)
-    shared = Shared(ready.d_out)
-    wanted = tokens if on_activations or on_contexts else n_model_tokens
-    for batch in limited(contexts, wanted):
+    shared = Shared(ready.d_out, has_text=lm is not None)
+    wanted = tokens if on_activations or on_contexts or before else n_model_tokens
+    for number, batch in enumerate(limited(contexts, wanted) if left else ()):
         queue.add(batch)
+        if not ranks.takes(number):
+            continue
         with clock.timed("capture"):
             captured = capture(batch)
         latents = _update(shared, on_activations, captured, ready, capture.place, clock)
         _update_on_contexts(on_contexts, captured, latents, capture, clock)
         company.add(captured)
-        tell("activations", shared.seen.n_tokens, wanted)
+        tell("activations", _of_all(shared.seen.n_tokens, ranks, wanted), wanted)
+    if not left:
+        return finishing.results
+    shared = shared.over(ranks)
     shared.require_tokens()
     company.finish()
 
+    origin = _origin(ready, capture, shared, setup, clock) | dict(about or {})
+    finishing.finish(on_weights | on_activations | on_contexts, origin, shared.arrays())
     if lm is not None and capture.places is not None:
         at_places = partial(ModelBatch, ready, lm, capture.places)
         make_batch = partial(at_places, mean=shared.mean, max_norm=max_norm)
-        _run_model_evals(on_model, company, make_batch, queue, clock, tell)
-        _run_labelled_evals(on_labelled, capture, ready, settings.probe_context_tokens, clock, tell)
-
-    origin = _origin(ready, capture, shared, setup, clock)
-    evals = on_weights | on_activations | on_contexts | on_model | on_labelled
-    return replace(results_of(evals, clock, origin), nulls=company.results())
-
-
-class Clock:
-    """Seconds spent, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's time to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        for name, accumulator in on_model.items():
+            feed = partial(company.run_model, name, accumulator, make_batch)
+            _run_on_model(name, feed, queue, ranks, clock, tell)
+            finishing.finish({name: accumulator}, origin, shared.arrays())
+        for name, accumulator in on_labelled.items():
+            if ranks.is_first:
+                _run_on_labelled(
+                    name, accumulator, capture, ready, settings.probe_context_tokens, clock, tell
+                )
+            finishing.finish({name: accumulator}, origin, shared.arrays(), is_shared=False)
+    return replace(finishing.results, nulls={**finishing.results.nulls, **company.results()})
 
 
 class Shared:
     """What every result carries: the tokens seen, their mean activation (d_in), their L0."""
 
-    def __init__(self, d_in: int) -> None:
-        self.seen = Seen()
+    def __init__(self, d_in: int, has_text: bool = False) -> None:
+        self.seen, self.digest = Seen(), TokenDigest(has_text)
         self._sum = torch.zeros(d_in, dtype=torch.float64)
         self._n_active = 0
 
     def update(self, batch: EvalBatch) -> None:
         """Add n tokens."""
         self.seen.update(batch.document_ids)
+        self.digest.update(batch.document_ids, batch.tokens, batch.x)
         self._sum += batch.x.sum(0, dtype=torch.float64).cpu()
         self._n_active += int(batch.latents.l0().sum())
 
@@ -173,6 +183,20 @@ class Shared:
     @property
     def l0(self) -> float:
         return self._n_active / max(self.seen.n_tokens, 1)
+
+    def over(self, ranks: Ranks) -> Shared:
+        """Return what all processes saw."""
+        whole, *others = ranks.everywhere(self)
+        for other in others:
+            whole.seen.merge(other.seen)
+            whole.digest.merge(other.digest)
+            whole._sum += other._sum
+            whole._n_active += other._n_active
+        return whole
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return which documents were seen, where they have numbers of their own in a text."""
+        return {"evaluated/document_ids": self.seen.documents} if self.digest.has_text else {}
 
     def require_tokens(self) -> None:
         """Refuse to compute from nothing."""
@@ -241,57 +265,48 @@ def _update_on_contexts(
             accumulator.update(batch)
 
 
-def _run_model_evals(
-    evals: Evals,
-    company: Company,
-    make_batch: Callable[..., ModelBatch],
+def _run_on_model(
+    name: EvalName,
+    feed: Callable[[Contexts], None],
     queue: ContextQueue,
+    ranks: Ranks,
     clock: Clock,
     tell: Tell,
 ) -> None:
-    for name, accumulator in evals.items():
-        n_done = 0
-        for contexts in queue.contexts:
+    n_done = 0
+    for number, contexts in enumerate(queue.contexts):
+        n_done += int(contexts.is_kept.sum())
+        if ranks.takes(number):
             with clock.timed(name):
-                company.run_model(name, accumulator, make_batch, contexts)
-            n_done += int(contexts.is_kept.sum())
-            tell(name, n_done, queue.n_tokens)
+                feed(contexts)
+        tell(name, n_done, queue.n_tokens)
 
 
-def _run_labelled_evals(
-    evals: Evals,
+def _of_all(n_tokens: int, ranks: Ranks, wanted: int | None) -> int:
+    """Return about how many tokens all processes have done, from those of this one."""
+    return n_tokens if ranks.size == 1 else min(n_tokens * ranks.size, wanted or n_tokens)
+
+
+def _run_on_labelled(
+    name: EvalName,
+    accumulator: Accumulator,
     capture: Capture,
     coder: Evaluable,
     context_tokens: int,
     clock: Clock,
     tell: Tell,
 ) -> None:
-    for name, accumulator in evals.items():
-        texts: LabelledTexts = accumulator.texts  # type: ignore[attr-defined]
-        assert capture.reader is not None
-        batches = labelled_batches(texts, capture.reader, coder, context_tokens)
-        while True:
-            with clock.timed(name):
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                accumulator.update(batch)
-            tell(name, batch.task, len(texts.names))
-
-
-def results_of(evals: Evals, clock: Clock, origin: dict[str, Any]) -> EvalResults:
-    """Return what the accumulators found, with the time that each took."""
-    records, metrics, arrays = {}, {}, {}
-    for name, accumulator in evals.items():
+    """Read labelled texts, which are few: the first process does it alone."""
+    texts: LabelledTexts = accumulator.texts  # type: ignore[attr-defined]
+    assert capture.reader is not None
+    batches = labelled_batches(texts, capture.reader, coder, context_tokens)
+    while True:
         with clock.timed(name):
-            metrics[name], arrays[name] = accumulator.compute(), accumulator.arrays()
-        seen = accumulator.seen
-        keys = tuple(metrics[name])
-        records[name] = EvalRecord(seen.n_tokens, seen.n_documents, clock.seconds[name], keys)
-    words: dict[EvalName, list[Explanation]] = {
-        name: one.explanations() for name, one in evals.items() if isinstance(one, Explains)
-    }
-    return collect(records, metrics, arrays, origin, words)
+            batch = next(batches, None)
+            if batch is None:
+                break
+            accumulator.update(batch)
+        tell(name, batch.task, len(texts.names))
 
 
 def _origin(
@@ -301,6 +316,7 @@ def _origin(
     lm = capture.lm
     return {
         "coder": plain_json(coder.metadata),
+        "dictionary": dictionary_digest(coder.coder),
         "d_in": coder.d_in,
         "d_out": coder.d_out,
         "d_sae": coder.d_sae,
@@ -311,6 +327,7 @@ def _origin(
         "max_norm": capture.max_norm,
         "n_tokens": shared.seen.n_tokens,
         "n_documents": shared.seen.n_documents,
+        "evaluated": str(shared.digest),
         "seed": setup.seed,
         "n_resamples": setup.n_resamples,
         "seconds": {name: clock.seconds.get(name, 0.0) for name in ("capture", "coder")},

@@ -7,6 +7,8 @@ With Z (n, d_sae) the code; a latent fires where Z ≠ 0 (not > 0: a code may be
     dead_rate_bound = 3 / n: a latent not seen in n tokens has a true rate below it, at 95%
     rate_under_1e-5, rate_under_1e-6 = share of latents with a smaller rate, the dead included
     dense, dense_of_alive = share of all, and of the not dead, that fire on more than 10% of tokens
+    kurtosis = mean over latents of E(z − μ)⁴ / (E(z − μ)²)², over all n tokens, of those that vary
+        (3 for a normal latent; about 1 / rate for a sparse one)
 A rate threshold r is given only where n ≥ 3 / r: fewer tokens can't tell such a rate from another.
 `arrays()` has the firing counts, the largest |activation| of each latent (0 for the dead) and the
 histogram of log10 rates (HISTOGRAM_EDGES; the dead are in no bin, rates below the lowest edge in
@@ -16,7 +18,7 @@ Source: Jovanovic and Levy 1997, "A look at the rule of three" (3 / n; it takes 
 independent, and tokens of one document are not: the true bound is somewhat larger).
 Cost: O(n k) and O(d_sae) a batch. L0's percentile is exact (a count for each L0).
 Cannot see: whether what fires means anything. Codes shuffled in time, random directions and PCA
-score as any dictionary with their L0.
+score as any dictionary with their L0; kurtosis is highest for PCA.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import EvalBatch, EvalSetup, Label, Seen, Undefined, Value
 
 DENSE_RATE = 0.1
+LEAST_VARIANCE = 1e-5
+"""Of a latent's mean square: below it, it counts as constant, and float64 has too few digits."""
 RARE_RATES = {"rate_under_1e-5": 1e-5, "rate_under_1e-6": 1e-6}
 HISTOGRAM_EDGES = torch.linspace(-7, 0, 29, dtype=torch.float64)
 """log10 of the firing rate, four bins a decade."""
@@ -43,6 +47,7 @@ LABELS = {
     "rate_under_1e-6": Label("latents firing on < 1 in 1,000,000 tokens", "share"),
     "dense": Label("latents firing on > 10% of tokens", "share"),
     "dense_of_alive": Label("the same, of those that fired", "share"),
+    "kurtosis": Label("kurtosis of a latent"),
 }
 
 
@@ -55,6 +60,7 @@ class Sparsity:
         self.tokens_by_l0 = torch.zeros(setup.d_sae + 1, dtype=torch.int64)
         self.firing_counts = torch.zeros(setup.d_sae, dtype=torch.int64)
         self.max_activations = torch.zeros(setup.d_sae)
+        self.power_sums = torch.zeros(4, setup.d_sae, dtype=torch.float64)
 
     def update(self, batch: EvalBatch) -> None:
         """Add n tokens."""
@@ -70,6 +76,11 @@ class Sparsity:
         largest = torch.zeros(d_sae, device=values.device)
         largest.scatter_reduce_(0, indices.flatten(), values.abs().float().flatten(), "amax")
         self.max_activations = torch.maximum(self.max_activations, largest.cpu())
+        flat = values.flatten().double()
+        for power in range(1, 5):
+            added = torch.zeros(d_sae, dtype=torch.float64, device=flat.device)
+            added.index_add_(0, indices.flatten(), flat.pow(power))
+            self.power_sums[power - 1] += added.cpu()
 
     def merge(self, other: Sparsity) -> None:
         """Add another's tokens."""
@@ -78,6 +89,7 @@ class Sparsity:
         self.tokens_by_l0 += other.tokens_by_l0
         self.firing_counts += other.firing_counts
         self.max_activations = torch.maximum(self.max_activations, other.max_activations)
+        self.power_sums += other.power_sums
 
     def compute(self) -> dict[str, Value]:
         """Return every metric of this module; an interval for l0."""
@@ -118,7 +130,18 @@ class Sparsity:
             **{name: _share_under(rates, rate, n) for name, rate in RARE_RATES.items()},
             "dense": n_dense / len(rates),
             "dense_of_alive": n_dense / n_alive if n_alive else Undefined("no latent fired"),
+            "kurtosis": self._kurtosis(n),
         }
+
+    def _kurtosis(self, n: int) -> Value:
+        """Return the mean over latents that vary, from Σ z … Σ z⁴ of each."""
+        first, second, third, fourth = self.power_sums / n
+        variance = second - first.pow(2)
+        varies = variance > LEAST_VARIANCE * second
+        if not varies.any():
+            return Undefined("no latent varies")
+        central = fourth - 4 * first * third + 6 * first.pow(2) * second - 3 * first.pow(4)
+        return float((central[varies] / variance[varies].pow(2)).mean())
 
 
 def _mean_l0(sums: dict[str, Tensor]) -> dict[str, Tensor]:

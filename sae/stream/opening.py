@@ -47,7 +47,12 @@ class OpenedModel:
 
     def rows(self, reader: Reader, *, lane: int = 0, n_lanes: int = 1) -> LiveRows:
         """Return the training documents' activations, one lane of them, at their beginning."""
-        origin = {"model_name": self.cfg.model.name, "context_size": self.cfg.data.context_size}
+        origin = {
+            "model_name": self.cfg.model.name,
+            "context_size": self.cfg.data.context_size,
+            "dataset_path": self.cfg.data.source,
+            "held_out_fraction": self.cfg.data.held_out_fraction,
+        }
         if self.cfg.model.reinitialised is not None:
             origin["model_reinitialised"] = self.cfg.model.reinitialised
         if self.other is not None:

@@ -6,13 +6,13 @@ the fleet's configuration, their figures from the last row of their `metrics.jso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sae.axes import Axis
 from sae.config import FLEET_SETTINGS
 from sae.configuration import flatten, read_run_config
 from sae.files import write_json, write_text
@@ -23,7 +23,6 @@ FIGURES = ("fvu", "l0", "dead_share", "loss")
 # Along these a line of the plot runs: what chooses how sparse a code is.
 OF_SPARSITY = ("k", "target_l0")
 WIDTH, HEIGHT, MARGIN = 760, 380, 56
-N_TICKS = 5
 
 
 def write_summary(folder: Path) -> Path:
@@ -96,24 +95,3 @@ def plot_of(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
         line = lines.setdefault(", ".join(f"{k} {v}" for k, v in others.items()), [])
         line.append(Point(x_axis.at(row["l0"]), y_axis.at(row["fvu"]), row))
     return Plot(sorted(lines.items()), x_axis.ticks(), y_axis.ticks())
-
-
-class Axis:
-    """A logarithmic axis from `start` to `end` in pixels, a little wider than its values."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float):
-        logs = [math.log(value) for value in values]
-        room = 0.08 * (max(logs) - min(logs)) + 0.02
-        self.low, self.high = min(logs) - room, max(logs) + room
-        self.start, self.end = start, end
-
-    def at(self, value: float) -> float:
-        """Return where a value lies, in pixels."""
-        share = (math.log(value) - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return evenly spaced places with the values there."""
-        step = (self.high - self.low) / (N_TICKS - 1)
-        values = [math.exp(self.low + step * i) for i in range(N_TICKS)]
-        return [(self.at(value), f"{value:.3g}") for value in values]

@@ -6,6 +6,8 @@ from typing import Any
 
 from sae.files import read_json, write_json, write_text
 
+from . import metric_order
+
 COLUMNS = {
     "f1": "F1",
     "mcc": "MCC",
@@ -108,6 +110,7 @@ def page(document: dict[str, Any]) -> str:
         "samples",
         "",
         *_table(by_recipe),
+        *metric_order.section({name: _measured(rows) for name, rows in by_recipe.items()}),
     ]
     missing = {n: rows[-1]["reason"] for n, rows in by_recipe.items() if not _measured(rows)}
     if missing:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,23 @@ import sae
 from sae.coder import save_dictionary
 from sae.coder.sites import Sites
 from sae.configuration import from_command_line, from_flat
-from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
+from sae.evals.evaluable import Evaluable
+from sae.evals.null_rows import CALIBRATION_TOKENS, NullInputs
+from sae.evals.null_rows import NULLS as NULL_ROWS
+from sae.evals.nulls import (
+    Directions,
+    PermutedDecoder,
+    RandomDirections,
+    ShuffledCodes,
+    TrueDictionary,
+)
 from sae.evals.on_world import frequent_features
 from sae.files import read_json, write_json
 from sae.train.distributed import make_accelerator
 from sae.train.run import resolve, with_world
 from sae.train.trainer import train_coder
 from sae.worlds import World, WorldSource
+from sae.worlds.seeds import calibration_generator
 
 from . import machine
 from .rows import Absent
@@ -50,6 +61,15 @@ RECIPES = {
 }
 PEERS = ("sae-lens batchtopk", "sae-lens matryoshka")
 NULLS = ("oracle", "frozen random decoder", "random directions", "oracle, codes shuffled")
+# Made of the rows that the dictionary is measured on first, or of BatchTopK's dictionary.
+FITTED = {"PCA": "pca", "identity": "identity"}
+BROKEN = {"batchtopk, decoder rows permuted": "permuted", "batchtopk, codes shuffled": "shuffled"}
+TIED = "true directions, tied linear encoder"
+# A row each of what is known of metrics: from the truth to codes shuffled in time.
+METRICS = (
+    *("oracle", TIED, "matryoshka", "batchtopk", "topk", "matching_pursuit", "relu"),
+    *("frozen random decoder", "random directions", *FITTED, *BROKEN),
+)
 FACTS_FILE = "trained.json"
 MATRYOSHKA_SHARES = (128, 512, 2048, 4096)  # of 4096, as the benchmark's own widths
 
@@ -122,6 +142,9 @@ def train(recipe: str, task: Task) -> Trained:
         "frozen random decoder": _frozen_decoder,
         "random directions": _random_directions,
         "oracle, codes shuffled": _shuffled,
+        TIED: _tied,
+        **{name: partial(_fitted, null) for name, null in FITTED.items()},
+        **{name: partial(_broken, null) for name, null in BROKEN.items()},
         "sae-lens batchtopk": lambda task: _sae_lens(task, is_matryoshka=False),
         "sae-lens matryoshka": lambda task: _sae_lens(task, is_matryoshka=True),
     }
@@ -242,6 +265,30 @@ def _shuffled(task: Task) -> Trained:
 def _random_directions(task: Task) -> Trained:
     d_sae, k = task.base["coder.d_sae"], task.base["coder.k"]
     return Trained(RandomDirections(task.world.bias, d_sae, k, task.seed))
+
+
+def _tied(task: Task) -> Trained:
+    """The true directions, each token written with the k that its projection is largest on."""
+    true = _true_dictionary(task)
+    return Trained(Directions(true.W_dec, true.b_dec, task.base["coder.k"]))
+
+
+def _fitted(null: str, task: Task) -> Trained:
+    """A null of the rows alone, with the L0 that is asked of dictionaries."""
+    generator = calibration_generator(task.seed, task.world.device)
+    rows = task.world.activations(CALIBRATION_TOKENS, generator)
+    stand_in = Evaluable(_true_dictionary(task), task.world.d_in)
+    make = NULL_ROWS[null].make
+    assert make is not None
+    return Trained(make(NullInputs(stand_in, rows, float(task.base["coder.k"]), task.seed)))
+
+
+def _broken(null: str, task: Task) -> Trained:
+    """BatchTopK's dictionary with its latents' rows, or its tokens' codes, in another order."""
+    whole = _ours(RECIPES["batchtopk"], task).coder
+    return Trained(
+        PermutedDecoder(whole, task.seed) if null == "permuted" else ShuffledCodes(whole)
+    )
 
 
 def _true_dictionary(task: Task) -> TrueDictionary:

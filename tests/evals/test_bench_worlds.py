@@ -76,6 +76,29 @@ def test_results_of_another_length_are_not_mixed_in(out: Path, capsys: pytest.Ca
     assert "the same samples" in capsys.readouterr().err
 
 
+def test_what_metrics_make_of_truth_trained_and_nulls(tmp_path: Path):
+    names = [name for name in world_runs.METRICS if name in ("oracle", "batchtopk", "topk")]
+    nulls = [name for name in world_runs.METRICS if name not in world_runs.RECIPES]
+    kept = tmp_path / "kept"
+    flags = ("--seeds", "0", "--keep", str(kept), "--recipes", *names, *nulls)
+    document = run(tmp_path / "m.json", *flags)
+    rows = {row["recipe"]: row["metrics"] for row in document["rows"]}
+    assert {path.name for path in kept.iterdir()} == {"batchtopk-0", "topk-0", "frozen-0"}
+    whole, permuted, shuffled = (rows[name] for name in ("batchtopk", *list(world_runs.BROKEN)))
+    assert whole["f1_act"] == permuted["f1_act"]
+    assert whole["f1"] > permuted["f1"]
+    assert whole["mcc"] == shuffled["mcc"]
+    assert whole["code_mcc"] > shuffled["code_mcc"] + 0.1
+    page = (tmp_path / "m.md").read_text()
+    _, judged = page.split("## What metrics make of them")
+    assert "| PCA |" in judged
+    assert "Spearman" in judged
+    mcc = next(line for line in judged.splitlines() if line.startswith("- MCC:"))
+    assert mcc.endswith("random directions over batchtopk, codes shuffled")
+    order = next(line for line in judged.splitlines() if line.startswith("- code-MCC:"))
+    assert "codes shuffled" not in order
+
+
 def test_what_cannot_run_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -102,3 +102,14 @@ def test_split_order_and_merge_do_not_matter(data):
     assert_same(first.compute(), whole.compute(), rel=1e-12)
     for name, array in whole.arrays().items():
         assert torch.equal(first.arrays()[name], array)
+
+
+def test_kurtosis_is_that_of_all_tokens_and_of_latents_that_vary():
+    dense = codes(d_sae=6)
+    dense[:, 4], dense[:, 5] = 2.0, 0.0  # one never varies, one never fires
+    z = dense[:, :4].double() - dense[:, :4].double().mean(0)
+    expected = (z.pow(4).mean(0) / z.pow(2).mean(0).pow(2)).mean()
+    found = accumulated(dense).compute()["kurtosis"]
+    assert found == pytest.approx(float(expected), rel=1e-9)
+    dead = accumulated(torch.zeros(10, 3)).compute()["kurtosis"]
+    assert isinstance(dead, Undefined)

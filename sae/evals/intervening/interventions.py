@@ -135,6 +135,7 @@ class Interventions:
             torch.ones(n, dtype=torch.bool),
             seed=self.setup.seed,
             n_resamples=self.setup.n_resamples,
+            can_pair=False,
         )
         share = 0.0 if found.targets is None else found.targets.share_testable
         missing = {

@@ -110,6 +110,7 @@ class Autointerp:
             seed=self.setup.seed,
             n_resamples=self.setup.n_resamples,
             reasons=dict.fromkeys(table, self._no_answer()),
+            can_pair=False,
         )
         verdicts = [*answers.verdicts.values(), *answers.swapped.values()]
         n_answers = sum(verdict.n_answers for verdict in verdicts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 Confidence: TypeAlias = float | None
 """How surely an explanation applies to an example, on any scale; None: no answer."""
@@ -62,6 +62,7 @@ class Evidence:
     silent: tuple[Example, ...]
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Explains a latent and applies explanations.
 

@@ -25,7 +25,10 @@ CANNOT_SEE = (
 
 def labels_of(prefix: str, what: str) -> dict[str, Label]:
     """Return the labels of an eval whose metrics begin with `prefix`; what: its concepts."""
-    found = {f"auroc_{k}": Label(f"{what} told by {_many(k)}, AUROC") for k in SIZES}
+    found = {
+        f"auroc_{k}": Label(f"{what} told by {_many(k)}, AUROC", better="higher", best=1)
+        for k in SIZES
+    }
     found |= {f"balanced_{k}": Label(f"the same by {_many(k)}, balanced accuracy") for k in SIZES}
     found |= {f"gain_{k}": Label(f"AUROC of {_many(k)} above raw neurons'") for k in SIZES}
     found["loss"] = Label("loss of the best one-latent probe", "nats")

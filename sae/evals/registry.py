@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from typing import cast, get_args
 
 from sae.config import EvalName, EvalSetName
-from sae.evals import downstream, geometry, ground_truth, perturbation, reconstruction, sparsity
+from sae.evals import (
+    downstream,
+    geometry,
+    ground_truth,
+    masking,
+    monosemanticity,
+    monosemanticity_metrics,
+    perturbation,
+    reconstruction,
+    sparsity,
+)
 from sae.evals.absorption import features as absorption_features
 from sae.evals.absorption import words as absorption_words
 from sae.evals.interface import DEFECTS, EvalRow, Reads
@@ -27,6 +37,7 @@ EVALS: dict[EvalName, EvalRow] = {
         sparsity.LABELS,
         cannot_see=tuple(defect for defect in DEFECTS if defect != "half dead"),
     ),
+    "masking": EvalRow(masking.Masking, "contexts", masking.LABELS, cannot_see=FITS_X),
     "geometry": EvalRow(
         geometry.Geometry,
         "weights",
@@ -92,6 +103,22 @@ EVALS: dict[EvalName, EvalRow] = {
         absorption_words.LABELS,
         "full",
         absorption_words.CANNOT_SEE,
+    ),
+    "monosemanticity": EvalRow(
+        monosemanticity.Monosemanticity,
+        "contexts",
+        monosemanticity_metrics.LABELS,
+        "full",
+        monosemanticity.CANNOT_SEE,
+        monosemanticity_metrics.LATENT_LABELS,
+    ),
+    "monosemanticity_features": EvalRow(
+        monosemanticity.MonosemanticityOfFeatures,
+        "world",
+        monosemanticity_metrics.LABELS_OF_FEATURES,
+        "full",
+        monosemanticity.CANNOT_SEE,
+        monosemanticity_metrics.LATENT_LABELS,
     ),
 }
 

@@ -19,9 +19,18 @@ LOWER_IS_BETTER = (
     *("interference", "mean_abs_cosine", "largest_cosine", "duplicates", "probe_loss"),
     *("absorption_drop", "absorption_full", "absorption_decoder_leak", "absorption_hedging"),
     "absorption_latents_per_concept",
+    *("effective_concepts", "without_concept"),
 )
-NEEDS_WORDS = {"autointerp", "probing_tokens", "probing_texts", "absorption_words"}
-"""Evals of what tokens say: the toy language model's say nothing. They have nulls of their own."""
+NEEDS_WORDS = {
+    "autointerp",
+    "masking",
+    "monosemanticity",
+    "probing_tokens",
+    "probing_texts",
+    "absorption_words",
+}
+"""Evals of what tokens say: the toy language model's say nothing. They have nulls of their own.
+None of its tokens is masked either, so `masking` repeats `reconstruction`."""
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def best_rows(windows: Windows, n: int, one_a_document: bool) -> Tensor:
         order = order[windows.numbers[order].argsort(stable=True)]
         order = order[windows.keys[order].argsort(descending=True, stable=True)]
     order = order[windows.groups[order].argsort(stable=True)]
-    return order[_rank_in_run(windows.groups[order]) < n]
+    return order[rank_in_run(windows.groups[order]) < n]
 
 
 class Sampler:
@@ -216,8 +216,9 @@ def _joined(first: Windows, second: Windows) -> Windows:
     return Windows(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
 
 
-def _rank_in_run(sorted_ids: Tensor) -> Tensor:
-    place = torch.arange(len(sorted_ids))
+def rank_in_run(sorted_ids: Tensor) -> Tensor:
+    """Return each element's place in its run of equal ids, counted from 0, (p)."""
+    place = torch.arange(len(sorted_ids), device=sorted_ids.device)
     starts = torch.ones_like(sorted_ids, dtype=torch.bool)
     starts[1:] = sorted_ids[1:] != sorted_ids[:-1]
     return place - torch.cummax(place.where(starts, 0), 0).values if len(place) else place

@@ -125,14 +125,14 @@ def joined_results(before: EvalResults, after: EvalResults) -> EvalResults:
     """
     if twice := before.metrics.keys() & after.metrics.keys():
         raise RuntimeError(f"metric names must be unique; two evals have {sorted(twice)[0]!r}.")
-    records: dict[EvalName, EvalRecord] = {**before.evals, **after.evals}
-    order = [*(name for name in EVALS if name in records), *(records.keys() - EVALS.keys())]
-    ordered: dict[EvalName, EvalRecord] = {name: records[name] for name in order}
+    records = dict(before.evals) | dict(after.evals)
+    place = {name: i for i, name in enumerate(EVALS)}
+    order = sorted(records, key=lambda name: place.get(name, len(place)))
     metrics = {**before.metrics, **after.metrics}
     return EvalResults(
         {name: metrics[name] for eval_name in order for name in records[eval_name].metrics},
         {**before.undefined, **after.undefined},
-        ordered,
+        {name: records[name] for name in order},
         after.provenance,
         {**before.arrays, **after.arrays},
         {**before.explanations, **after.explanations},

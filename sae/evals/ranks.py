@@ -116,20 +116,30 @@ def unpacked(state: bytes, mine: Accumulator) -> Accumulator:
 
 
 class _Packer(pickle.Pickler):
+    """Writes the name of what every process has, and remembers what it named."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.named: dict[str, Any] = {}
+
     def persistent_id(self, obj: Any) -> str | None:
-        return type(obj).__name__ if isinstance(obj, OF_EVERY_PROCESS) else None
+        if not isinstance(obj, OF_EVERY_PROCESS):
+            return None
+        self.named[type(obj).__name__] = obj
+        return type(obj).__name__
 
 
 class _Unpacker(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, mine: Accumulator) -> None:
         super().__init__(file)
-        values = [value for value in vars(mine).values() if isinstance(value, OF_EVERY_PROCESS)]
-        self.own = {type(value).__name__: value for value in values}
+        walk = _Packer(io.BytesIO())  # finds them wherever they hang
+        walk.dump(mine)
+        self.own = walk.named
 
     def persistent_load(self, pid: str) -> Any:
         if pid not in self.own:
             raise RuntimeError(
                 f"every process must hold the {pid} that an accumulator names; this one has "
-                f"{sorted(self.own)}. Keep it as an attribute of the accumulator."
+                f"{sorted(self.own)}. Make it in the accumulator's own start."
             )
         return self.own[pid]

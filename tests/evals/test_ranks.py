@@ -107,7 +107,8 @@ def test_text_on_two_processes_by_torchrun(tiny_run_tree, tmp_path):
 def test_a_world_on_two_processes_by_accelerate(tmp_path):
     folder = dictionary(tmp_path / "d", 16)
     flags = [word for key, value in WORLD.items() for word in (f"--{key}", str(value))]
-    flags += ["--eval.tokens", "3000", "--evals", "full"]
+    evals = "fast,perturbation,absorption_features"
+    flags += ["--eval.tokens", "3000", "--evals", evals]
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     main(["eval", str(folder), "--out", str(one), *flags])
     done = on_two("accelerate", folder, "--out", two, *flags)
@@ -126,6 +127,20 @@ def test_what_every_process_has_is_not_sent():
     assert received.coder is coder
     assert received.all.reconstruction.setup is setup
     assert received.compute() == one.compute()
+
+
+class Nested:
+    """An accumulator that has its setup in a part alone, as those of probing do."""
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self.part = Masking(setup)
+
+
+def test_what_is_not_sent_is_found_wherever_it_hangs():
+    coder = Evaluable(FunctionCoder(lambda x: x), 4)
+    setup = EvalSetup(4, 4, n_resamples=2, coder=coder)
+    received = unpacked(packed(Nested(setup)), Nested(setup))  # pyright: ignore
+    assert received.part.setup is setup  # pyright: ignore
 
 
 def test_every_batch_is_taken_by_one_process():

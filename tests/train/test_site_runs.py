@@ -125,6 +125,7 @@ def test_a_crosscoder_of_two_models(tiny_config: Path, perturbed: Path):
     main(["eval", str(folder), "--eval.tokens", "300", "--eval.downstream_tokens", "200"])
     found = json.loads((folder / "results.json").read_text())["metrics"]
     assert found["ce_clean"] > 0
+    assert found["steering_gain"] is None, "a latent writes into both models"
     main(["report", str(folder), "--report.tokens", "300"])
     page = (folder / "report.html").read_text()
     places = places_of_latents(coder)
@@ -179,12 +180,11 @@ TOKENS = torch.arange(3, 43).reshape(2, 20)
 class Exact:
     """Writes what the modules write: the transcoder that changes nothing."""
 
-    d_sae = 4
-
     def __init__(self, lm: LanguageModel, places: Places) -> None:
         widths = places.reader(lm).widths
         n = len(places.reads)
         self.sites = sae.coder.sites.Sites(widths[:n], widths[n:])
+        self.d_sae = self.sites.d_in
         self.layers = [lm.module.get_submodule(place.path) for place in places.writes]
 
     def encode(self, x):

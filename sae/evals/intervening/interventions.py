@@ -163,7 +163,7 @@ class Interventions:
         coder = self.setup.coder
         if self.lm is None or self.places is None or coder is None or not self.sample.rows:
             return Undefined(NO_MODEL)
-        if len(self.places.written) > 1:
+        if len(self.places.written) > 1 or self.places.other is not None:
             return Undefined(MANY_PLACES)
         return Stage(self.lm, self.places, coder, self.sample, tokens_of(self.sample))
 

@@ -31,6 +31,15 @@ WORLD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As many threads as the processes that are started have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -69,14 +78,17 @@ def dictionary(folder: Path, d_in: int, **metadata: object) -> Path:
 
 
 def assert_same_results(one: Path, two: Path) -> None:
-    """Equal values, undefined ones, arrays and what was evaluated; times may differ."""
+    """Equal values, undefined ones, arrays and what was evaluated; times may differ.
+
+    Interventions search along float32 forwards, which the number of threads moves a little.
+    """
     first, second = read_results(one), read_results(two)
     assert first.metrics.keys() == second.metrics.keys()
+    searched = set(first.evals["interventions"].metrics) if "interventions" in first.evals else ()
     for name, value in first.metrics.items():
         other = second.metrics[name]
-        assert other == (value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), (
-            name
-        )
+        near = {"rel": 1e-3, "abs": 1e-4} if name in searched else {"rel": 1e-9, "abs": 1e-12}
+        assert other == (value if value is None else pytest.approx(value, **near)), name
     assert first.undefined == second.undefined
     for name, record in first.evals.items():
         assert second.evals[name].n_tokens == record.n_tokens, name
@@ -85,7 +97,10 @@ def assert_same_results(one: Path, two: Path) -> None:
     assert first.provenance["l0"] == second.provenance["l0"]
     for name, array in first.arrays.items():
         other = second.arrays[name]
-        torch.testing.assert_close(other, array, rtol=1e-9, atol=1e-11, equal_nan=True, msg=name)
+        near = (1e-3, 1e-4) if name.split("/")[-1] in searched else (1e-9, 1e-11)
+        torch.testing.assert_close(
+            other, array, rtol=near[0], atol=near[1], equal_nan=True, msg=name
+        )
     assert first.explanations == second.explanations
 
 

@@ -89,12 +89,8 @@ class GroundTruth:
     """
 
     def __init__(self, setup: EvalSetup) -> None:
-        if setup.truth is None:
-            raise ValueError(
-                "ground_truth must be given a world's truth; this setup has none. Use "
-                "`evaluate_on_world`."
-            )
-        self.setup, self.seen, self.truth = setup, Seen(), setup.truth
+        self.setup, self.seen = setup, Seen()
+        self.truth = setup.require_truth("ground_truth")
         self.cosines = absolute_cosines(self.truth.decoder, self.truth.directions)
         m, n = self.cosines.shape
         self.nearest = self.cosines.argmax(1)

@@ -85,6 +85,18 @@ class EvalSetup:
     coder: Evaluable | None = None
     settings: EvalConfig = record_field(default_factory=EvalConfig)
 
+    def require_truth(self, name: str) -> Truth:
+        """Return the truth that the eval `name` reads.
+
+        Errors: ValueError where there is none.
+        """
+        if self.truth is None:
+            raise ValueError(
+                f"{name} must be given a world's truth; this setup has none. Use "
+                "`evaluate_on_world`."
+            )
+        return self.truth
+
 
 @dataclass(frozen=True)
 class EvalBatch:

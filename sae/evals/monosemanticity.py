@@ -141,11 +141,10 @@ class MonosemanticityOfFeatures:
     """Accumulates what `LABELS` lists, from a world's rows; the oracle's score beside it."""
 
     def __init__(self, setup: EvalSetup) -> None:
-        if setup.truth is None:
-            raise ValueError("monosemanticity on a world needs its truth; got None. Give `truth`.")
         self.setup, self.seen = setup, Seen()
-        self._frequent = setup.truth.frequent
-        width = min(len(setup.truth.directions), CODE_WIDTH)
+        truth = setup.require_truth("monosemanticity_features")
+        self._frequent = truth.frequent
+        width = min(len(truth.directions), CODE_WIDTH)
         self.pairs = PairSums(setup.d_sae, width)
         self.oracle = PairSums(len(self._frequent), width)
         self.rows = Rows.empty()

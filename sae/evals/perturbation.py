@@ -28,7 +28,7 @@ from sae.evals.blocks import N_BLOCKS
 from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import EvalSetup, Label, Seen, Undefined, Value
 from sae.evals.targeted import Hits, Probes
-from sae.evals.truth import Truth, TruthBatch
+from sae.evals.truth import TruthBatch
 
 N_ROWS = 16_384
 N_CONCEPTS = 32
@@ -56,10 +56,8 @@ class Perturbation:
     """Accumulates what `LABELS` lists."""
 
     def __init__(self, setup: EvalSetup) -> None:
-        if setup.truth is None:
-            raise ValueError("perturbation needs a world's truth; got None. Give `truth`.")
         self.setup, self.seen = setup, Seen()
-        self.truth: Truth = setup.truth
+        self.truth = setup.require_truth("perturbation")
         self._parts: list[tuple[Tensor, Tensor, Latents, Tensor]] = []
 
     def update(self, batch: TruthBatch) -> None:

@@ -23,7 +23,7 @@ from sae.evals.absorption.concepts import COLUMNS, Directions, Rows, judged
 from sae.evals.absorption.scores import labels_of, metrics_of
 from sae.evals.interface import EvalSetup, Seen, Undefined, Value
 from sae.evals.probing.sample import padded
-from sae.evals.truth import Truth, TruthBatch
+from sae.evals.truth import TruthBatch
 
 N_ROWS, N_OTHERS = 16_384, 64
 PREFIX = "absorption"
@@ -38,13 +38,8 @@ class AbsorptionFeatures:
     """
 
     def __init__(self, setup: EvalSetup) -> None:
-        if setup.truth is None:
-            raise ValueError(
-                "absorption_features must be given a world's truth; this setup has none. Use "
-                "`evaluate_on_world`."
-            )
         self.setup, self.seen = setup, Seen()
-        self.truth: Truth = setup.truth
+        self.truth = setup.require_truth("absorption_features")
         parents, children = self.truth.pairs.unbind(1)
         others = self.truth.frequent[:N_OTHERS]
         self.concepts = torch.cat([parents, others]).unique()

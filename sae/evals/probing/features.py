@@ -32,13 +32,9 @@ class ProbingFeatures:
     """
 
     def __init__(self, setup: EvalSetup) -> None:
-        if setup.truth is None:
-            raise ValueError(
-                "probing_features must be given a world's truth; this setup has none. Use "
-                "`evaluate_on_world`."
-            )
         self.seen, self.seed = Seen(), setup.seed
-        self.features = setup.truth.frequent[: setup.settings.probe_features]
+        truth = setup.require_truth("probing_features")
+        self.features = truth.frequent[: setup.settings.probe_features]
         names = [f"feature_{number}" for number in self.features.tolist()]
         self.probed = Probed(setup, PREFIX, names, "{}")
 

@@ -12,13 +12,13 @@ import torch
 
 from sae.analysis.comparison import compare, write_comparison
 from sae.analysis.comparison.entries import open_entries
-from sae.analysis.comparison.figures import on_front
+from sae.analysis.comparison.figures import CANDIDATES, PW_MCC, on_front
 from sae.axes import Axis
 from sae.cli import main
 from sae.coder import SparseCoder
 from sae.config import CoderConfig, Config, RunConfig
 from sae.configuration import CONFIG_FILE, to_yaml
-from sae.evals import activation_contexts, evaluate, write_results
+from sae.evals import EVALS, activation_contexts, evaluate, write_results
 
 D, N = 16, 400
 
@@ -173,3 +173,8 @@ def test_a_linear_axis_holds_its_values_and_has_round_ticks(values):
     assert 2 <= len(ticks) <= 6
     for place, label in ticks:
         assert axis.at(float(label)) == pytest.approx(place, abs=0.06)
+
+
+def test_every_figure_of_the_headline_is_a_metric_of_some_eval():
+    known = {metric for row in EVALS.values() for metric in row.labels} | {PW_MCC}
+    assert {figure.metric for among in CANDIDATES for figure in among} <= known

@@ -3,6 +3,7 @@
     python scripts/bench_worlds.py --recipes topk "sae-lens batchtopk" nulls --seeds 0 1 2
     python scripts/bench_worlds.py --recipes topk --samples 1000000 --set train.lr=1e-3
     python scripts/bench_worlds.py --recipes metrics     # what metrics make of truth and nulls
+    python scripts/bench_worlds.py --device cuda --world synth_16k --recipes "ours, 16k"
     python scripts/bench_worlds.py --merge a.json b.json --out c.json
 
 Runs that are in the JSON already are skipped: the same command goes on after a stop, and processes
@@ -29,6 +30,7 @@ from benchmarking.world_runs import (
     NULLS,
     PEERS,
     RECIPES,
+    RECIPES_16K,
     Task,
     train,
 )
@@ -40,7 +42,13 @@ from sae.evals import evaluate_on_world
 from sae.files import read_json
 from sae.worlds import make_world
 
-GROUPS = {"ours": RECIPES, "sae-lens": PEERS, "nulls": NULLS, "metrics": METRICS}
+GROUPS = {
+    "ours": RECIPES,
+    "ours, 16k": RECIPES_16K,
+    "sae-lens": PEERS,
+    "nulls": NULLS,
+    "metrics": METRICS,
+}
 BY_DEFAULT = ("ours", "sae-lens", "nulls")
 PEER_PACKAGES = ("sae-lens",)
 EVALUATION_SEED = 0
@@ -53,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(options.threads)
     date = datetime.now(UTC).date().isoformat()
     folder = machine.ROOT / "docs" / "benchmarks"
-    path = options.out or folder / f"{date}-cpu-{options.world.replace('_', '-')}.json"
+    device = torch.device(options.device)
+    of = f"{machine.slug(device)}-{options.world.replace('_', '-')}"
+    path = options.out or folder / f"{date}-{of}.json"
     try:
         if options.merge:
             document = world_results.merged([read_json(given) for given in options.merge])
@@ -97,7 +107,7 @@ def base_with(words: Sequence[str]) -> dict[str, Any]:
 def _run_all(
     path: Path, document: dict[str, Any], recipes: list[str], options: argparse.Namespace
 ) -> None:
-    world = make_world(WorldConfig(name=options.world))
+    world = make_world(WorldConfig(name=options.world), options.device)
     for seed in options.seeds:
         for recipe in recipes:
             if world_results.is_done(document, recipe, seed):
@@ -142,7 +152,7 @@ def run(recipe: str, task: Task, n_rows: int, names: Sequence[str] | None = None
 
 
 def _blank(options: argparse.Namespace, date: str) -> dict[str, Any]:
-    found = machine.describe(torch.device("cpu"), options.commit)
+    found = machine.describe(torch.device(options.device), options.commit)
     packages = {name: machine.package_version(name) for name in PEER_PACKAGES}
     found["packages"] = {**found["packages"], **packages}  # type: ignore[dict-item]
     return {
@@ -165,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipes", nargs="+", default=list(BY_DEFAULT), help=f"names, or {', '.join(GROUPS)}"
     )
     parser.add_argument("--world", default="synth_1k", help="a named world (synth_1k)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(cpu)")
     parser.add_argument("--samples", type=int, default=10_000_000, help="samples a run is given")
     parser.add_argument("--rows", type=int, default=102_400, help="fresh samples it is measured on")
     parser.add_argument("--evals", nargs="+", help="names or sets, as of `sae eval` (its own)")

@@ -34,8 +34,8 @@ class LossInputs:
 
     Shapes: x (n, d_in), what was read; target, residual (n, d_out), what the code was to write, and
     what it left over; pre_acts (n, d_sae), None where the code was made without
-    them; dead_indices (n_dead) int64, which may be empty. wider: the code of `coder.multi_k`
-    latents. variance: see `reconstruction`.
+    them; dead_indices (n_dead) int64, which may be empty, and where d_sae is padding. wider: the
+    code of `coder.multi_k` latents. variance: see `reconstruction`.
     """
 
     coder: SparseCoder
@@ -86,26 +86,31 @@ def auxk_loss(inputs: LossInputs) -> Tensor:
     """Return the share of the residual that the strongest dead latents leave unexplained.
 
     Works on the compacted rows of dead latents, so its cost grows with their number only. The
-    residual is a constant here: AuxK trains dead latents, not the living ones.
+    residual is a constant here: AuxK trains dead latents, not the living ones. A dead index of
+    d_sae is padding, which keeps a captured step's shapes, and changes nothing.
     Source: Gao et al. 2024, appendix A.2.
     """
     coder, dead = inputs.coder, inputs.dead_indices
     k = min(coder.cfg.k_aux or 0, dead.numel())
     if k == 0:
         return inputs.residual.new_zeros(())
-    residual = inputs.residual.detach()
-    pre_acts = torch.relu(pre_activations_of(coder, inputs.x, dead))
+    residual, rows = inputs.residual.detach(), dead.clamp(max=coder.d_sae - 1)
+    pre_acts = torch.relu(pre_activations_of(coder, inputs.x, rows))
+    pre_acts = pre_acts.masked_fill(dead >= coder.d_sae, 0)
     values, indices = sae_kernels.topk(pre_acts, k)
     code = torch.zeros_like(pre_acts).scatter(-1, indices, values)
-    error = (residual - written_by(coder, code, dead)).pow(2).sum()
+    error = (residual - written_by(coder, code, rows)).pow(2).sum()
     return coder.cfg.aux_coefficient * error / residual.pow(2).sum().clamp_min(1e-30)
 
 
 def written_by(coder: SparseCoder, code: Tensor, latents: Tensor) -> Tensor:
-    """Return what some latents (m) write, (n, d_out), without b_dec, from their code (n, m)."""
+    """Return what some latents (m) write, (n, d_out), without b_dec, from their code (n, m).
+
+    One that is listed twice writes the sum of its two.
+    """
     if not coder.cfg.tie_decoders:
         return code @ coder.W_dec[latents]
-    whole = code.new_zeros(len(code), coder.d_sae).index_copy(1, latents, code)
+    whole = code.new_zeros(len(code), coder.d_sae).index_add(1, latents, code)
     return coder.decode(whole) - coder.b_dec
 
 

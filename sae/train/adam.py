@@ -51,7 +51,7 @@ class AdamState:
         return {}
 
     @torch.no_grad()
-    def step_(self, coder: SparseCoder, lr: float, number: int) -> None:
+    def step_(self, coder: SparseCoder, lr: float | Tensor, number: int | Tensor) -> None:
         """Take step `number`, from 1, by the gradients that the parameters hold."""
         parameters = {
             name: p
@@ -73,24 +73,26 @@ class AdamState:
         self,
         parameters: list[torch.nn.Parameter],
         moments: list[sae_kernels.Moments],
-        lr: float,
-        number: int,
+        lr: float | Tensor,
+        number: int | Tensor,
     ) -> None:
         """Take a step of torch's fused Adam: one pass over all tensors."""
         beta1, beta2 = self.betas
+        # The steps before this one; torch adds one to each, and reads its rate in float32.
+        before = [torch.as_tensor(number - 1.0, device=p.device).float() for p in parameters]
+        rate = lr.float() if isinstance(lr, Tensor) else lr
         adam(
             [p.detach() for p in parameters],
             [p.grad for p in parameters if p.grad is not None],
             [moment.m for moment in moments],
             [moment.v for moment in moments],
             [],
-            # The steps before this one; torch adds one to each.
-            [torch.tensor(number - 1.0, device=p.device) for p in parameters],
+            before,
             fused=True,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=lr,
+            lr=rate,
             weight_decay=0.0,
             eps=EPS,
             maximize=False,

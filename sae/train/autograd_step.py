@@ -1,6 +1,7 @@
 """The training step by automatic differentiation: for every coder, on one process or many.
 
-Plain and general; `fused_step` does the same with less work for the coders that it knows.
+Plain and general; `fused_step` does the same with less work for the coders that it knows. On one
+GPU, on whole batches, the step is a CUDA graph, backward pass and update included.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from sae.coder.losses import LossInputs, extra_losses
 from sae.coder.reconstruction import reconstruct
 from sae.coder.step_values import StepValues
 from sae.config import Config
+from sae.train.capture import Captured
+from sae.train.dead import DeadList
 from sae.train.state import TrainState
 
 
@@ -65,18 +68,47 @@ class AutogradStep:
         self.module = accelerator.prepare_model(
             TrainingModule(state.coder, state.calibration.variance, cfg.train.mixed_precision)
         )
+        device = accelerator.device
+        is_whole = accelerator.num_processes == cfg.train.grad_accumulation_steps == 1
+        self.is_captured = device.type == "cuda" and is_whole and cfg.train.model_loss == "none"
+        self.dead = DeadList(state.dead, is_padded=self.is_captured)
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)  # of the step, from 1
+        self.captured = Captured(self._on_device, device)
 
     def __call__(
         self, inputs: Iterable[Tensor], lr: float, values: StepValues | None = None
     ) -> None:
         """Train on the micro-batches of one step."""
         values = values or StepValues.fixed(self.state.coder.cfg)
-        self._accumulate_gradients(inputs, values)
+        dead_indices, number = self.dead.indices(), self.state.step + 1
+        if not self.is_captured:
+            self._step(inputs, dead_indices, values, lr, number)
+            return
+        self.lr.fill_(lr)
+        self.number.fill_(number)
+        (x,) = inputs
+        self.captured(x, dead_indices, given=values)
+
+    def _on_device(self, x: Tensor, dead_indices: Tensor, *, given: StepValues) -> None:
+        """Train on one batch; what varies by step is read on the device."""
+        self._step((x,), dead_indices, given, self.lr, self.number)
+
+    def _step(
+        self,
+        inputs: Iterable[Tensor],
+        dead_indices: Tensor,
+        values: StepValues,
+        lr: float | Tensor,
+        number: int | Tensor,
+    ) -> None:
         coder = self.state.coder
+        coder.zero_grad(set_to_none=True)  # a capture that failed may have left some
+        self._accumulate_gradients(inputs, dead_indices, values, number)
         project_decoder_gradient_(coder)
         if self.cfg.train.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(coder.parameters(), self.cfg.train.grad_clip_norm)
-        self.state.optimiser.step_(coder, lr, self.state.step + 1)
+        self.state.optimiser.step_(coder, lr, number)
         coder.zero_grad(set_to_none=True)
         if not self.cfg.train.freeze_decoder:
             normalise_decoder_(coder)
@@ -97,16 +129,22 @@ class AutogradStep:
     def weights_changed(self) -> None:
         """Do nothing: this step keeps no copies of weights."""
 
-    def _accumulate_gradients(self, inputs: Iterable[Tensor], values: StepValues) -> None:
+    def _accumulate_gradients(
+        self,
+        inputs: Iterable[Tensor],
+        dead_indices: Tensor,
+        values: StepValues,
+        number: int | Tensor,
+    ) -> None:
         """Add up the gradients of the micro-batches, and what the log and AuxK count."""
         state, n_micro = self.state, self.cfg.train.grad_accumulation_steps
         added = self._of_model(values)
         for micro, x in enumerate(inputs):
             is_last = micro == n_micro - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):
-                losses, residual, code = self.module(x, state.dead.indices, values)
+                losses, residual, code = self.module(x, dead_indices, values)
                 (losses["loss"] / n_micro).backward()
             if added is not None:
                 losses = {**losses, "loss": losses["loss"] + added[0], "model": added[1]}
             state.metrics.update(state.coder.sites.written(x), residual, code, losses)
-            state.dead.update(code, state.tokens_seen + self.cfg.train.batch_tokens)
+            state.dead.update(code, number * self.cfg.train.batch_tokens)

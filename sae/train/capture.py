@@ -8,6 +8,7 @@ tensors that stay where they are.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 # Before the capture: kernels compile and libraries set up their workspaces in the first calls.
 EAGER_CALLS = 2
+# Kinds of calls that are kept. What schedules say of a step may never come again, and is forgotten.
+MOST_KINDS = 8
 
 
 @dataclass
@@ -30,13 +33,15 @@ class _Recording:
 class Captured:
     """Call `function` on tensors; on a GPU from the third call with given shapes on as a graph.
 
-    All graphs share one pool of memory: they never run at the same time. Where the capture fails,
-    a warning says so and the function goes on being called as it is.
+    All graphs share one pool of memory, and inputs of one shape one place: they never run at the
+    same time. Where the capture fails, a warning says so and the function goes on being called as
+    it is.
     """
 
     def __init__(self, function: Callable[..., None], device: torch.device):
         self.function, self.is_off = function, device.type != "cuda"
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._places: dict[Hashable, Tensor] = {}
         self._pool = None if self.is_off else torch.cuda.graph_pool_handle()
         self._side = None if self.is_off else torch.cuda.Stream(device)
 
@@ -57,10 +62,19 @@ class Captured:
             self._run_aside(recording.inputs, given)
 
     def _recording(self, inputs: tuple[Tensor, ...], given: Hashable) -> _Recording:
+        """Return what is kept of this kind of call; the kind that was longest unused makes room."""
         key = (given, *(x.shape for x in inputs))
         if key not in self._recordings:
-            self._recordings[key] = _Recording(tuple(map(torch.empty_like, inputs)))
+            places = tuple(self._place(i, x) for i, x in enumerate(inputs))
+            self._recordings[key] = _Recording(places)
+            if len(self._recordings) > MOST_KINDS:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(key)
         return self._recordings[key]
+
+    def _place(self, number: int, x: Tensor) -> Tensor:
+        """Return the memory that graphs read input `number` from where it has the shape of x."""
+        return self._places.setdefault((number, x.shape), torch.empty_like(x))
 
     def _run_aside(self, inputs: tuple[Tensor, ...], given: Hashable) -> None:
         """Run on another stream, as what is captured may not have run on the default one alone."""

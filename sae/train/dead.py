@@ -13,6 +13,8 @@ from sae.coder.latents import SparseCode
 from sae.train.distributed import max_over_ranks
 
 DEAD_LISTED_PER_K_AUX = 4
+# A captured step knows one length of the list: it is filled up to a power of two.
+SHORTEST_DEAD_LIST = 64
 
 
 class DeadLatents:
@@ -68,6 +70,25 @@ class DeadLatents:
 
     def _is_dead(self, tokens_seen: int) -> Tensor:
         return tokens_seen - self.last_fired_at >= self.dead_after_tokens
+
+
+class DeadList:
+    """The list of dead latents that a step trains, in a few lengths: a graph is made for each."""
+
+    def __init__(self, dead: DeadLatents, *, is_padded: bool):
+        self.dead, self.is_padded = dead, is_padded
+        self._made_from, self._padded = None, dead.indices
+
+    def indices(self) -> Tensor:
+        """Return the list, filled up with d_sae; the same tensor until the list is made anew."""
+        listed = self.dead.indices
+        if listed is not self._made_from:
+            self._made_from, n_rows = listed, listed.numel()
+            if self.is_padded and n_rows:
+                n_rows = max(SHORTEST_DEAD_LIST, 1 << (n_rows - 1).bit_length())
+            self._padded = listed.new_full((n_rows,), len(self.dead.last_fired_at))
+            self._padded[: listed.numel()] = listed
+        return self._padded
 
 
 def firings(code: SparseCode | Tensor, d_sae: int) -> Tensor:

@@ -33,12 +33,11 @@ from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.adam import AdamState
 from sae.train.capture import Captured
+from sae.train.dead import DeadList
 from sae.train.distributed import mean_over_ranks
 from sae.train.state import TrainState
 from sae_kernels import AdamScalars, Code, Dictionary, Gradients, Moments, Ragged, RowGradients
 
-# A captured step knows one length of the list of dead latents: it is filled up to a power of two.
-SHORTEST_DEAD_LIST = 64
 UPDATED_BY_ROW = Gradients._fields
 
 
@@ -83,7 +82,7 @@ class FusedStep:
         self.dictionary = dictionary_of(self.coder, self.moments)
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)  # of the step, from 1
-        self.dead = DeadList(state, is_padded=device.type == "cuda")
+        self.dead = DeadList(state.dead, is_padded=device.type == "cuda")
         must_store = cfg.train.grad_accumulation_steps > 1 or accelerator.num_processes > 1
         self.stores_gradients = must_store or cfg.train.grad_clip_norm is not None
         self.captured = Captured(self._step, device)
@@ -102,11 +101,7 @@ class FusedStep:
         (x,) = inputs
         # What else schedules say is for losses that autograd trains.
         read = StepValues(k=values.k, prefixes=values.prefixes)
-        is_passing = bool(self.cfg.coder.random_prefixes) or values.k != self.cfg.coder.k
-        if is_passing:  # others soon: a graph would be used once, or a few times
-            self._step(x, self.dead.indices(), given=read)
-        else:
-            self.captured(x, self.dead.indices(), given=read)
+        self.captured(x, self.dead.indices(), given=read)
 
     def weights_changed(self) -> None:
         """Make the 16-bit copies of the weights anew, where they are."""
@@ -225,25 +220,6 @@ class FusedStep:
         return sae_kernels.adam_scalars(
             self.lr, self.number, self.lr.device, beta1=beta1, beta2=beta2
         )
-
-
-class DeadList:
-    """The list of dead latents that AuxK trains, in a few lengths: a graph is made for each."""
-
-    def __init__(self, state: TrainState, *, is_padded: bool):
-        self.state, self.is_padded = state, is_padded
-        self._made_from, self._padded = None, state.dead.indices
-
-    def indices(self) -> Tensor:
-        """Return the list, filled up with d_sae; the same tensor until the list is made anew."""
-        listed = self.state.dead.indices
-        if listed is not self._made_from:
-            self._made_from, n_rows = listed, listed.numel()
-            if self.is_padded and n_rows:
-                n_rows = max(SHORTEST_DEAD_LIST, 1 << (n_rows - 1).bit_length())
-            self._padded = listed.new_full((n_rows,), self.state.coder.d_sae)
-            self._padded[: listed.numel()] = listed
-        return self._padded
 
 
 def dictionary_of(coder: SparseCoder, moments: Mapping[str, Moments]) -> Dictionary:

@@ -46,7 +46,7 @@ class Muon:
         return {}
 
     @torch.no_grad()
-    def step_(self, coder: SparseCoder, lr: float, number: int) -> None:
+    def step_(self, coder: SparseCoder, lr: float | Tensor, number: int | Tensor) -> None:
         """Take step `number`, from 1, by the gradients that the parameters hold."""
         self.adam.step_(coder, lr, number)
         for name, momentum in self.momentum.items():
@@ -56,7 +56,7 @@ class Muon:
             momentum.lerp_(weight.grad, 1 - MOMENTUM)
             ahead = torch.lerp(weight.grad, momentum, MOMENTUM)
             size = ADAM_RMS * max(weight.shape) ** 0.5
-            weight.sub_(orthogonalised(ahead).to(weight.dtype), alpha=lr * size)
+            weight.sub_(orthogonalised(ahead).to(weight.dtype) * (lr * size))
 
     def reset_latents_(self, coder: SparseCoder, latents: Tensor) -> None:
         """Forget the gradients of these latents, after their weights were replaced."""

@@ -29,8 +29,11 @@ class Optimiser(Protocol):
         """Return the weights to keep by parameter name, where they are not those that train."""
         ...
 
-    def step_(self, coder: SparseCoder, lr: float, number: int, /) -> None:
-        """Take step `number`, from 1, by the gradients that the parameters hold."""
+    def step_(self, coder: SparseCoder, lr: float | Tensor, number: int | Tensor, /) -> None:
+        """Take step `number`, from 1, by the gradients that the parameters hold.
+
+        Both may be scalars on the device, so that a captured step reads what they are now.
+        """
         ...
 
     def reset_latents_(self, coder: SparseCoder, latents: Tensor, /) -> None:

@@ -43,7 +43,7 @@ class Signum:
         return self.x
 
     @torch.no_grad()
-    def step_(self, coder: SparseCoder, lr: float, _: int) -> None:
+    def step_(self, coder: SparseCoder, lr: float | Tensor, _: int | Tensor) -> None:
         """Take a step by the gradients that the parameters hold."""
         self.weight_sum.add_(lr**2)
         share = (lr**2 / self.weight_sum.clamp_min(1e-30)).float()
@@ -51,7 +51,7 @@ class Signum:
             if y.grad is None:
                 continue
             z, x = self.z[name], self.x[name]
-            z.sub_(y.grad.sign(), alpha=lr)
+            z.sub_(y.grad.sign() * lr)
             if name == coder.decoder_name:
                 unit_rows_(z)
             x.lerp_(z, share)

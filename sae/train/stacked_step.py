@@ -32,7 +32,7 @@ from sae.coder.step_values import StepValues
 from sae.config import Config
 from sae.train.adam import AdamState
 from sae.train.capture import Captured
-from sae.train.fused_step import SHORTEST_DEAD_LIST
+from sae.train.dead import SHORTEST_DEAD_LIST
 from sae.train.state import TrainState
 from sae_kernels import AdamScalars, Code, Dictionary, Moments, Ragged, RowGradients
 
@@ -97,11 +97,7 @@ class StackedStep:
             rate.fill_(lr)
         self.number.fill_(self.states[0].step + 1)
         given = tuple(StepValues(k=value.k) for value in values)
-        dead = self.dead.indices()
-        if any(value.k != cfg.coder.k for value, cfg in zip(given, self.cfgs, strict=True)):
-            self._step(x, *dead, given=given)  # a graph of it would be used a few times
-        else:
-            self.captured(x, *dead, given=given)
+        self.captured(x, *self.dead.indices(), given=given)
 
     def weights_changed(self) -> None:
         """Make the 16-bit copies of the weights anew, where they are."""

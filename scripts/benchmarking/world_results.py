@@ -106,8 +106,8 @@ def page(document: dict[str, Any]) -> str:
         f"- evaluated on {document['rows_evaluated']:,} fresh samples, after saving and loading",
         f"- commit {machine['commit']}; python {machine['python']}, {packages}; "
         f"{machine['cpu_threads']} CPU threads",
-        "- mean ± standard deviation over seeds; time is that of training, without the making of "
-        "samples",
+        f"- mean ± standard deviation over seeds; time is that of training, {_making(machine)} the "
+        "making of samples",
         "",
         *_table(by_recipe),
         *metric_order.section({name: _measured(rows) for name, rows in by_recipe.items()}),
@@ -116,6 +116,11 @@ def page(document: dict[str, Any]) -> str:
     if missing:
         lines += ["", "Not run:", "", *(f"- {name}: {why}" for name, why in missing.items())]
     return "\n".join(lines) + "\n"
+
+
+def _making(machine: dict[str, Any]) -> str:
+    """Return whether the time is with the making of samples: on a GPU it overlaps with steps."""
+    return "without" if machine["device_type"] == "cpu" else "with"
 
 
 def _table(by_recipe: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -133,7 +138,7 @@ def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _value(row: dict[str, Any], key: str) -> float | None:
-    return row[key] if key in row else row["metrics"][key]
+    return row[key] if key in row else row["metrics"].get(key)
 
 
 def _spread(key: str, values: list[float | None]) -> str:

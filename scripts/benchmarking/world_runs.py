@@ -55,9 +55,11 @@ BASE: dict[str, Any] = {
 }
 # A recipe of ours is a configuration in configs/worlds, named after its file.
 CONFIGS = machine.ROOT / "configs" / "worlds"
-OF_OTHER_WORLDS = ("matryoshka_toy", "toy_model", "synth_16k")
+OF_OTHER_WORLDS = ("matryoshka_toy", "toy_model")
+FOUND = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+RECIPES_16K = {name: path for name, path in FOUND.items() if name.startswith("synth_16k")}
 RECIPES = {
-    path.stem: path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in OF_OTHER_WORLDS
+    name: path for name, path in FOUND.items() if name not in (*OF_OTHER_WORLDS, *RECIPES_16K)
 }
 PEERS = ("sae-lens batchtopk", "sae-lens matryoshka")
 NULLS = ("oracle", "frozen random decoder", "random directions", "oracle, codes shuffled")
@@ -97,11 +99,14 @@ class Task:
 
 @dataclass
 class Trained:
-    """A dictionary as it is after saving and loading, and what it took."""
+    """A dictionary as it is after saving and loading, and what it took.
+
+    data_seconds: of making samples, not part of the seconds; None where they cannot be told apart.
+    """
 
     coder: Any
     seconds: float = 0.0
-    data_seconds: float = 0.0
+    data_seconds: float | None = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -148,7 +153,9 @@ def train(recipe: str, task: Task) -> Trained:
         "sae-lens batchtopk": lambda task: _sae_lens(task, is_matryoshka=False),
         "sae-lens matryoshka": lambda task: _sae_lens(task, is_matryoshka=True),
     }
-    return makers[recipe](task) if recipe in makers else _ours(RECIPES[recipe], task)
+    return (
+        makers[recipe](task) if recipe in makers else _ours((RECIPES | RECIPES_16K)[recipe], task)
+    )
 
 
 def _ours(config: Path, task: Task, name: str | None = None) -> Trained:
@@ -160,25 +167,31 @@ def _ours(config: Path, task: Task, name: str | None = None) -> Trained:
             _train_ours(config, task, folder)
         facts = read_json(folder / FACTS_FILE)
         times = (facts.pop("seconds"), facts.pop("data_seconds"))
-        return Trained(sae.load(folder / "final"), *times, facts)
+        return Trained(sae.load(folder / "final").to(task.world.device), *times, facts)
 
 
 def _train_ours(config: Path, task: Task, folder: Path) -> None:
     """Train, save the dictionary and, when that is done, what it took."""
-    fixed = {"train.tokens": task.samples, "run.seed": task.seed, "run.device": "cpu"}
+    fixed = {
+        "train.tokens": task.samples,
+        "run.seed": task.seed,
+        "run.device": task.world.device.type,
+    }
     cfg = with_world(
         from_flat({**task.given, **fixed}, from_command_line([str(config)], "bench_worlds"))
     )
     cfg = replace(cfg, world=task.world.cfg)
+    on_cpu = task.world.device.type == "cpu"  # elsewhere the making of samples overlaps with steps
     timed = TimedWorld(task.world)
     accelerator = make_accelerator(cfg.run, cfg.train)
-    source = WorldSource(timed, seed=task.seed)  # type: ignore[arg-type]
+    source = WorldSource(timed if on_cpu else task.world, seed=task.seed)  # type: ignore[arg-type]
     cfg = resolve(cfg, Sites(source.widths), None, accelerator.device)
     start = time.perf_counter()
     coder = train_coder(cfg, source, accelerator, is_shown=False)
     seconds = time.perf_counter() - start
     save_dictionary(coder, folder / "final")
-    times = {"seconds": seconds - timed.seconds, "data_seconds": timed.seconds}
+    data_seconds = timed.seconds if on_cpu else None
+    times = {"seconds": seconds - timed.seconds, "data_seconds": data_seconds}
     facts = {"config": f"{CONFIGS.name}/{config.name}", "step": cfg.train.step}
     write_json(folder / FACTS_FILE, {**facts, **times})
 
@@ -187,6 +200,8 @@ def _sae_lens(task: Task, *, is_matryoshka: bool) -> Trained:
     """Train with the package's own trainer and the defaults of its benchmark on toy data."""
     if importlib.util.find_spec("sae_lens") is None:
         raise Absent("the package sae-lens is not installed")
+    if task.world.device.type != "cpu":
+        raise Absent("sae-lens is trained on a CPU here")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         import sae_lens  # pyright: ignore[reportMissingImports]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.train.capture import EAGER_CALLS, Captured
+from sae.train.capture import EAGER_CALLS, MOST_KINDS, Captured
 
 
 class Graphs:
@@ -100,3 +100,27 @@ def test_on_a_cpu_it_is_a_plain_call():
     for _ in range(5):
         captured(torch.ones(2), given=1)
     assert float(total) == 15
+
+
+def test_what_never_comes_again_is_never_captured_and_forgotten(monkeypatch: pytest.MonkeyPatch):
+    """A schedule's values pass; what they were given with in between is still captured."""
+    graphs, total = Graphs(monkeypatch), torch.zeros(())
+    captured = Captured(graphs.function(total), torch.device("cuda"))
+    one, empty, expected = torch.ones(3), torch.ones(0, 2), 0.0
+    for given in range(2, 4 * MOST_KINDS):
+        for number in (1, given):
+            captured(one, empty, given=number)
+            expected += 3 * number
+    assert float(total) == expected
+    assert graphs.n_captures == 1
+    assert len(captured._recordings) == MOST_KINDS
+    assert len(captured._places) == 2
+
+
+def test_inputs_of_one_shape_share_memory(monkeypatch: pytest.MonkeyPatch):
+    captured = Captured(Graphs(monkeypatch).function(torch.zeros(())), torch.device("cuda"))
+    for given in (1, 2):
+        captured(torch.ones(3), torch.ones(3), given=given)
+    one, other = (recording.inputs for recording in captured._recordings.values())
+    assert [x.data_ptr() for x in one] == [x.data_ptr() for x in other]
+    assert one[0].data_ptr() != one[1].data_ptr()

@@ -32,11 +32,36 @@ def gradients(n: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def descend(coder: SparseCoder, optimiser: Optimiser, found: list[dict[str, Tensor]]) -> None:
+def descend(
+    coder: SparseCoder,
+    optimiser: Optimiser,
+    found: list[dict[str, Tensor]],
+    *,
+    as_tensors: bool = False,
+) -> None:
     for number, (rate, step) in enumerate(zip(RATES, found, strict=True), 1):
         for name, gradient in step.items():
             coder.get_parameter(name).grad = gradient.clone()
-        optimiser.step_(coder, rate, number)
+        if as_tensors:
+            lr = torch.tensor(rate, dtype=torch.float64)
+            optimiser.step_(coder, lr, torch.tensor(number))
+        else:
+            optimiser.step_(coder, rate, number)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adam_moments": "8bit"}, {"optimizer": "muon"}, {"optimizer": "signum"}],
+    ids=["adam", "8-bit adam", "muon", "signum"],
+)
+def test_rate_and_number_may_be_tensors(settings: dict[str, Any]):
+    """So that a captured step reads them where they are; torch reads a tensor in float32."""
+    (plain, by_numbers), (read, by_tensors) = small(settings), small(settings)
+    found = gradients(3)
+    descend(plain, by_numbers, found)
+    descend(read, by_tensors, found, as_tensors=True)
+    for name, w in weights(plain).items():
+        torch.testing.assert_close(weights(read)[name], w, rtol=1e-6, atol=1e-9)
 
 
 def weights(coder: SparseCoder) -> dict[str, Tensor]:

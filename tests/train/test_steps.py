@@ -19,6 +19,7 @@ from sae.coder.step_values import StepValues
 from sae.stream.arrays import open_source
 from sae.stream.normalisation import Normaliser
 from sae.train.adam import AdamState
+from sae.train.autograd_step import AutogradStep
 from sae.train.dead import DeadLatents
 from sae.train.fused_step import FusedStep
 from sae.train.metrics import MetricSums
@@ -412,3 +413,88 @@ def test_a_captured_step_is_the_step(activations: Tensor):
         states[is_captured] = state
     for name, parameter in states[True].coder.named_parameters():
         assert torch.equal(parameter, states[False].coder.get_parameter(name))
+
+
+OF_EVERY_KIND = {
+    "topk, auxk": MANY_DEAD,
+    "8-bit moments": {"train.adam_moments": "8bit", **MANY_DEAD},
+    "clipped": {"train.grad_clip_norm": 0.05},
+    "muon": {"train.optimizer": "muon", **MANY_DEAD},
+    "signum": {"train.optimizer": "signum"},
+    "refined": {
+        "coder.activation": "batchtopk",
+        "coder.prefixes": (8, 16),
+        "coder.detach_prefixes": True,
+        "coder.refine_step": 0.3,
+        "coder.tilt": 0.002,
+    },
+    "jumprelu": {
+        "coder.activation": "jumprelu",
+        "coder.target_l0": 4.0,
+        "coder.dead_penalty": 1e-3,
+    },
+    "relu": {"coder.activation": "relu", "coder.sparsity_loss": "tanh"},
+    "gated": {"coder.activation": "gated"},
+    "matching pursuit": {"coder.activation": "matching_pursuit"},
+    "bf16": {"train.mixed_precision": "bf16", **MANY_DEAD},
+}
+
+
+@needs_cuda
+@pytest.mark.parametrize("settings", OF_EVERY_KIND.values(), ids=OF_EVERY_KIND.keys())
+def test_a_captured_autograd_step_is_the_step(activations: Tensor, settings: dict):
+    """Rates, numbers and lists of dead latents change; k too, where it is the activation's."""
+    has_k = "coder.activation" not in settings or settings["coder.activation"] == "batchtopk"
+    states = {}
+    for is_captured in (False, True):
+        state, step = make(activations, "autograd", cpu=False, **settings)
+        assert isinstance(step, AutogradStep)
+        step.captured.is_off = not is_captured
+        values = StepValues.fixed(state.coder.cfg)
+        for i in range(30):
+            if i % 5 == 0:
+                state.dead.refresh(state.tokens_seen)
+            now = replace(values, k=4 - i // 10) if has_k else values
+            step(inputs_of(state, 1, 256), 1e-3 * (1 + i), now)
+            state.step = i + 1
+        assert not is_captured or not step.captured.is_off
+        states[is_captured] = state
+    for name, parameter in states[True].coder.named_parameters():
+        expected = states[False].coder.get_parameter(name)
+        # Sums by atomic additions come in any order.
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+    assert states[True].metrics.compute() == pytest.approx(
+        states[False].metrics.compute(), rel=1e-3
+    )
+
+
+PADDED = {
+    "topk": {"coder.k_aux": 4, "coder.aux_coefficient": 1.0},
+    "jumprelu": {
+        "coder.activation": "jumprelu",
+        "coder.target_l0": 4.0,
+        "coder.dead_penalty": 1.0,
+        "coder.k_aux": 9,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", PADDED.values(), ids=PADDED.keys())
+def test_padding_the_dead_list_changes_nothing(activations: Tensor, settings: dict):
+    """Losses and gradients are those of the list without d_sae, even where AuxK takes all."""
+    found = []
+    for n_padded in (0, 3):
+        state, step = make(activations, "autograd", **settings)
+        assert isinstance(step, AutogradStep)
+        dead = torch.tensor([3, 7, 11, 20, state.coder.d_sae - 1])
+        padded = torch.cat([dead, torch.full((n_padded,), state.coder.d_sae)])
+        (x,) = inputs_of(state, 1, BATCH)
+        losses, _, _ = step.module(x, padded, StepValues.fixed(state.coder.cfg))
+        losses["loss"].backward()
+        gradients = {name: p.grad for name, p in state.coder.named_parameters()}
+        found.append(({name: loss.detach() for name, loss in losses.items()}, gradients))
+    (losses, gradients), (padded_losses, padded_gradients) = found
+    own = "dead_penalty" if "coder.dead_penalty" in settings else "auxk"
+    assert float(losses[own]) > 0
+    torch.testing.assert_close(padded_losses, losses)
+    torch.testing.assert_close(padded_gradients, gradients)

@@ -180,8 +180,32 @@ def with_flags(base: Config, arguments: Sequence[str], program: str) -> Config:
         prog=program,
         description="Settings given here override the YAML file, which overrides the defaults.",
         default=base,
-        args=list(_with_lists(arguments, known)),
+        args=list(_with_lists(list(_as_in_yaml(arguments, known)), known)),
     )
+
+
+def _as_in_yaml(arguments: Sequence[str], known: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the arguments with YAML's words for a switch, true and false, and for nothing, null,
+    as tyro has them."""
+    words = list(arguments)
+    while words:
+        argument = words.pop(0)
+        flag, _, value = argument.partition("=")
+        hint = known.get(flag.removeprefix("--").replace("-", "_"))
+        meant = _meant_by(flag, value or (words[0] if words else ""), hint)
+        if not argument.startswith("--") or meant is None:
+            yield argument
+            continue
+        yield from meant
+        if not value:
+            words.pop(0)
+
+
+def _meant_by(flag: str, value: str, hint: Any) -> list[str] | None:
+    """Return how tyro says `flag: value`, where YAML has a word of its own for the value."""
+    if bool in _members(hint) and value in ("true", "false"):
+        return [flag if value == "true" else flag.replace(".", ".no_", 1)]
+    return [flag, "None"] if type(None) in _members(hint) and value == "null" else None
 
 
 def _with_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> Iterator[str]:

@@ -187,6 +187,39 @@ def test_flag_forms():
     assert cfg.coder.d_sae == 32
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_frozen"),
+    [
+        (["--train.freeze_decoder"], True),
+        (["--train.freeze_decoder", "true"], True),
+        (["--train.freeze_decoder=true"], True),
+        (["--train.no-freeze-decoder"], False),
+        (["--train.freeze_decoder", "false"], False),
+        (["--train.freeze-decoder=false"], False),
+    ],
+)
+def test_switches_take_yamls_words(flags: list[str], is_frozen: bool, tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"train: {{freeze_decoder: {str(not is_frozen).lower()}}}")
+    cfg = from_command_line([str(path), *flags, "--coder.k", "3"], "sae train")
+    assert cfg.train.freeze_decoder == is_frozen
+    assert cfg.coder.k == 3
+
+
+@pytest.mark.parametrize("flags", [["--train.lr", "null"], ["--train.lr=null"]])
+def test_null_takes_a_value_back(flags: list[str], tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {lr: 1}")
+    assert from_command_line([str(path), *flags], "sae train").train.lr is None
+
+
+def test_yamls_words_stay_in_text():
+    flags = ["--data.exclude_tokens", "true", "null", "--model.name", "null"]
+    cfg = from_command_line(flags, "sae train")
+    assert cfg.data.exclude_tokens == ("true", "null")
+    assert cfg.model.name == "null"
+
+
 def test_excluded_tokens_are_ids_and_texts(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text('data:\n  exclude_tokens: [13, "5", "\\n"]\n')

@@ -62,7 +62,7 @@ class ShuffleBuffer:
         # A GPU reads what lies in page-locked memory without waiting for the host.
         self.is_pinned = self.device.type == "cpu" and torch.cuda.is_available()
         self.storage = tuple(
-            torch.empty(capacity, width, dtype=dtype, device=device, pin_memory=self.is_pinned)
+            _room(capacity, width, dtype, self.device, self.is_pinned)
             for width, dtype in zip(widths, dtypes, strict=True)
         )
         self.documents = torch.full((capacity,), -1, dtype=torch.int64)
@@ -174,3 +174,21 @@ class ShuffleBuffer:
             self._order, self._freed = torch.cat(passes), passes[-1]
             self._first_freeing = len(self._order) - len(slots)
         self._order_there = self._order.to(self.device)
+
+
+def _room(
+    capacity: int, width: int, dtype: torch.dtype, device: torch.device, is_pinned: bool
+) -> Tensor:
+    """Return the empty slots of one hookpoint, (capacity, width).
+
+    Errors: RuntimeError where there is no memory for them.
+    """
+    try:
+        return torch.empty(capacity, width, dtype=dtype, device=device, pin_memory=is_pinned)
+    except RuntimeError as error:
+        size = capacity * width * dtype.itemsize / 1e9
+        raise RuntimeError(
+            f"the shuffle buffer must fit into the memory of {device}; {capacity:,} tokens of "
+            f"width {width} in {dtype} take {size:.1f} GB. Lower `stream.buffer_tokens`, or set "
+            "`stream.dtype: bfloat16`."
+        ) from error

@@ -13,7 +13,7 @@ from sae.stream.documents import Documents, Part, open_documents
 from sae.stream.hookpoints import Hookpoint, find_hookpoints_of
 from sae.stream.language_model import LanguageModel, load_language_model, load_tokenizer
 from sae.stream.live import LiveRows
-from sae.stream.outline import others, require_places
+from sae.stream.outline import about_other, others, require_places
 from sae.stream.reader import Reader
 from sae.stream.tokens import ContextStream
 
@@ -117,10 +117,16 @@ def require_single(hookpoints: Sequence[Hookpoint | str], is_pair: bool = False)
     """
     if len(hookpoints) == 1 and not is_pair:
         return
+    if is_pair:
+        raise ValueError(
+            "`model.other` must be left out here, where one module of one model is read, as "
+            "`coder.site: sae` does. Leave it out, or set `coder.site: crosscoder`."
+        )
     names = ", ".join(map(str, hookpoints[:8])) + (", …" if len(hookpoints) > 8 else "")
     raise ValueError(
-        f"`model.hookpoint` must match exactly one module of one model here; it matches "
-        f"{len(hookpoints)}{' of two models' if is_pair else ''}: {names}. Give one of them."
+        f"`model.hookpoint` must match exactly one module here; it matches {len(hookpoints)}: "
+        f"{names}. Give one of them; or train one dictionary for each (`fleet.hookpoint`), or one "
+        "that reads them all (`coder.site: crosscoder`)."
     )
 
 
@@ -128,7 +134,9 @@ def _require_same_tokenizer(cfg: Config) -> None:
     """Refuse two models that read text as different tokens, before any weights load."""
     if cfg.model.other is None:
         return
-    mine, theirs = load_tokenizer(cfg.model), load_tokenizer(others(cfg.model))
+    mine = load_tokenizer(cfg.model)
+    with about_other():
+        theirs = load_tokenizer(others(cfg.model))
     if mine.get_vocab() != theirs.get_vocab():
         raise ValueError(
             f"`model.other` must have the tokenizer of `model.name`; {cfg.model.other!r} has "

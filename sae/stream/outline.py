@@ -7,6 +7,8 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -26,15 +28,34 @@ def others(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, name=cfg.other, revision=None, other=None, reinitialised=None)
 
 
-def require_places(cfg: Config) -> None:
-    """Refuse places that a coder of several cannot be trained on, by the models' outlines.
+@contextmanager
+def about_other() -> Iterator[None]:
+    """Let errors in loading the second model name its setting, and not the first's."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(str(error).replace("`model.name`", "`model.other`")) from error
 
-    Errors: ValueError for a path that matches nothing, another number of places than the site
-    needs, widths and numbers of latents that do not fit, and a place that is written before it is
-    read.
+
+def require_places(cfg: Config) -> None:
+    """Refuse places that a coder cannot be trained on, by the models' outlines.
+
+    Errors: ValueError for a path that matches nothing; where a coder has several places, another
+    number of them than the site needs, widths and numbers of latents that do not fit, and a place
+    that is written before it is read.
     """
-    if cfg.coder.site != "sae" and (sites := outlined_sites(cfg)) is not None:
+    if cfg.coder.site == "sae":
+        outlined_hookpoints(cfg)
+    elif (sites := outlined_sites(cfg)) is not None:
         resolve(cfg.coder, sites)
+
+
+def outlined_hookpoints(cfg: Config) -> list[Hookpoint]:
+    """Return the modules that `model.hookpoint` names, by the model's outline.
+
+    Errors: ValueError for a path that matches nothing.
+    """
+    return find_hookpoints_of(load_outline(cfg.model), cfg.model.hookpoint)
 
 
 def outlined_sites(cfg: Config) -> Sites | None:
@@ -59,7 +80,9 @@ def outlined_sites(cfg: Config) -> Sites | None:
         _require_order(before, after, list(found))
     widths = [found[place] for place in (*hookpoints, *targets)]
     if cfg.model.other is not None:
-        of_other = _widths(load_outline(others(cfg.model)), hookpoints)
+        with about_other():
+            outline = load_outline(others(cfg.model))
+        of_other = _widths(outline, hookpoints)
         widths += [] if of_other is None else [of_other[place] for place in hookpoints]
     return Sites.of(cfg.coder, tuple(widths))
 

@@ -26,6 +26,7 @@ from sae.stream.opening import (
     require_complete,
     require_single,
 )
+from sae.stream.outline import outlined_hookpoints
 from sae.stream.rows import RowStream
 from sae.stream.shards import open_shards
 from sae.stream.source import ActivationSource
@@ -56,6 +57,8 @@ def run(cfg: Config) -> Path:
     cfg = with_world(cfg)
     if not cfg.world.name:
         require_complete(cfg)
+    if cfg.train.step == "fused":
+        resolve_step(cfg)
     pick_device(cfg.stream.device, "stream.device")
     accelerator = make_accelerator(cfg.run, cfg.train)
     folder = Path(cfg.run.folder or "runs/run")
@@ -111,9 +114,19 @@ def with_world(cfg: Config) -> Config:
 
 
 def opened_once(cfg: Config, accelerator: Accelerator) -> OpenedModel:
-    """Open text and model of `cfg`; a packaged model is converted by the first process alone."""
+    """Open text and model of `cfg`; a packaged model is converted by the first process alone.
+
+    Errors: ValueError, before weights load, for several places where an sae is trained.
+    """
     with accelerator.main_process_first():
+        if is_of_one_place(cfg):
+            require_single(outlined_hookpoints(cfg), cfg.model.other is not None)
         return open_model(cfg, accelerator.device)
+
+
+def is_of_one_place(cfg: Config) -> bool:
+    """Say whether the run trains one dictionary of one place."""
+    return cfg.coder.site == "sae" and cfg.fleet.is_empty
 
 
 def model_loss(cfg: Config, opened: OpenedModel, accelerator: Accelerator) -> ModelLoss:
@@ -152,7 +165,7 @@ def open_source(
 
 def model_lanes(cfg: Config, lanes: Iterable[int], opened: OpenedModel) -> dict[int, RowStream]:
     """Return lanes of an open model's activations."""
-    if cfg.coder.site == "sae" and cfg.fleet.is_empty:
+    if is_of_one_place(cfg):
         require_single(opened.hookpoints, opened.other is not None)
     reader, n_lanes = opened.reader(), cfg.stream.lanes or 1
     return {lane: opened.rows(reader, lane=lane, n_lanes=n_lanes) for lane in lanes}
@@ -162,7 +175,7 @@ def shard_lanes(cfg: Config, lanes: Iterable[int]) -> dict[int, RowStream]:
     """Open the shards of `cfg`; no model is loaded."""
     n_lanes = cfg.stream.lanes or 1
     streams = {lane: open_shards(cfg, cfg.run.seed, lane, n_lanes) for lane in lanes}
-    if cfg.coder.site == "sae" and cfg.fleet.is_empty:
+    if is_of_one_place(cfg):
         require_single(next(iter(streams.values())).names)
     return dict(streams)
 

@@ -134,6 +134,11 @@ def test_another_size_is_refused():
         large.load_state(saved(small))
 
 
+def test_more_than_the_memory_holds_is_refused():
+    with pytest.raises(RuntimeError, match=r"memory of cpu; .* GB\. Lower `stream.buffer_tokens`"):
+        buffered(CountingRows(), capacity=10**14)
+
+
 def test_a_batch_touches_only_its_own_rows(monkeypatch: pytest.MonkeyPatch):
     """No permutation is made between refills."""
     source = buffered(CountingRows(), capacity=100)

@@ -299,6 +299,16 @@ def test_a_plan_of_a_transcoder(tiny_config: Path):
             },
             r"needs places of one width",
         ),
+        (
+            {"model.hookpoint": "model.layers.*"},
+            r"must match exactly one module here; it matches 4: .*`coder.site: crosscoder`",
+        ),
+        ({"model.hookpoint": "model.layers.9"}, r"`model.hookpoint` must match a module"),
+        (
+            {"coder.site": "crosscoder", "model.other": "/nowhere"},
+            r"`model.other` must be a hub id",
+        ),
+        ({**KINDS["transcoder"], "train.step": "fused"}, r"`train.step: fused` needs"),
     ],
 )
 def test_places_that_cannot_work_are_refused_before_weights(
@@ -307,3 +317,11 @@ def test_places_that_cannot_work_are_refused_before_weights(
     monkeypatch.setattr(opening, "load_language_model", lambda *_: pytest.fail("weights"))
     with pytest.raises(ValueError, match=words):
         run(configured(tiny_config, settings))
+
+
+def test_an_sae_is_not_of_two_models(
+    tiny_config: Path, perturbed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(opening, "load_language_model", lambda *_: pytest.fail("weights"))
+    with pytest.raises(ValueError, match=r"`model.other` must be left out here.*crosscoder"):
+        run(configured(tiny_config, {"model.other": str(perturbed)}))

@@ -1,6 +1,7 @@
 """Read a prompt through a dictionary, splice it into the model, steer with one latent.
 
-python scripts/explore.py RUN [PROMPT]      RUN being a run folder that has its report
+python scripts/explore.py RUN [PROMPT]      RUN being a run folder that has its report: of an sae,
+                                            or of a transcoder of one module
 """
 
 import sys
@@ -17,8 +18,9 @@ for token, latents in strongest_latents(run.coder, run.lm, run.hookpoint, prompt
         print(f"{token!r:>12}  latent {latent:>5}  {activation:6.1f}  {contexts}")
 
 print("\nas it is:", run.generate(prompt))
-with splice(*place):
+with splice(*place, target=run.target):
     print("spliced: ", run.generate(prompt))
 chosen = latents[0][0]  # the strongest latent of the prompt's last token
-with steer(*place, chosen, strength=2 * float(run.atlas.features.max_activations[chosen])):
+strength = 2 * float(run.atlas.features.max_activations[chosen])
+with steer(*place, chosen, strength, target=run.target):
     print(f"steered with latent {chosen}:", run.generate(prompt))

@@ -10,6 +10,7 @@ import torch
 
 from sae.analysis.atlas import Atlas
 from sae.coder import SparseCoder
+from sae.config import Config
 from sae.configuration import read_run_config
 from sae.interop import load
 from sae.stream.hookpoints import Hookpoint, find_hookpoint
@@ -37,11 +38,25 @@ class OpenedRun:
 
 
 def open_run(run: str | Path) -> OpenedRun:
-    """Open a run folder that has its report (`sae report RUN` writes the atlas)."""
+    """Open a run folder that has its report (`sae report RUN` writes the atlas).
+
+    Errors: ValueError, before weights load, for a coder that reads several places.
+    """
     run = Path(run)
     cfg = read_run_config(run)
+    _require_one_place(cfg, run)
     atlas = Atlas.load(run)
     lm = load_language_model(cfg.model, model_device(cfg, pick_device(cfg.run.device)))
     hookpoint = find_hookpoint(lm.module, cfg.model.hookpoint)
     target = find_hookpoint(lm.module, cfg.model.target) if cfg.model.target else None
     return OpenedRun(load(run).to(lm.device), lm, hookpoint, atlas, target)
+
+
+def _require_one_place(cfg: Config, run: Path) -> None:
+    if cfg.coder.site in ("crosscoder", "cross_layer"):
+        raise ValueError(
+            "`open_run` opens runs that read one place, whose model can be spliced and steered in "
+            f"any forward; {run} is a {cfg.coder.site} of {cfg.model.hookpoint}. `sae.load` opens "
+            "its coder, `sae eval` runs the model on all that it writes, and "
+            "`sae.analysis.places_of_latents` says where a crosscoder's latents are."
+        )

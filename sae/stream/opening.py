@@ -64,14 +64,17 @@ class OpenedModel:
             origin,
         )
 
-    def contexts(self, part: Part, *, rank: int = 0, world_size: int = 1) -> ContextStream:
-        """Return a stream over one part of the documents, at its beginning."""
+    def contexts(
+        self, part: Part, *, rank: int = 0, world_size: int = 1, seed: int | None = None
+    ) -> ContextStream:
+        """Return a stream over one part of the documents, at its beginning; in the run's order, or
+        in that of another `seed`."""
         return ContextStream(
             self.documents,
             self.lm.tokenizer,
             self.cfg.data,
             part=part,
-            seed=self.cfg.run.seed,
+            seed=self.cfg.run.seed if seed is None else seed,
             rank=rank,
             world_size=world_size,
             vocabulary_size=self.lm.vocabulary_size,

@@ -12,6 +12,8 @@ Source: Braun et al. 2024 (arXiv 2405.12241), end-to-end dictionaries; Karvonen 
 that made both worse, as Adam's second moments know only the smaller gradients before (docs/log.md).
 
 The contexts of a step are a function of its number: a run that goes on reads past those before it.
+They come in an order of their own: the activations of a run are those of the first documents in its
+order, often used several times, and the coder loses less on these than on any other text.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from sae.train.schedule import first_with_model_loss
 from sae.train.state import Calibration
 
 SMALLEST = 1e-12
+SEED_OF_TEXT = 1_000_003
+"""Added to the run's seed for the order of the documents on which the model's loss is taken."""
 
 
 class Added(NamedTuple):
@@ -53,7 +57,9 @@ class ModelLoss:
         self.cfg, self.lm = cfg.train, opened.lm
         self.places = Places(opened.hookpoints, opened.targets, opened.other)
         self.first = first_with_model_loss(cfg.train)
-        self._contexts = opened.contexts("train", rank=rank, world_size=world_size)
+        self._contexts = opened.contexts(
+            "train", rank=rank, world_size=world_size, seed=cfg.run.seed + SEED_OF_TEXT
+        )
         self._taken = 0
 
     def is_due(self, step: int) -> bool:

@@ -174,6 +174,18 @@ def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(tiny_config: Path
     torch.testing.assert_close(adds[None].weighted, factor * adds[None].plain)
 
 
+def test_its_documents_come_in_an_order_of_their_own(tiny_config: Path):
+    """Those that fill the buffer first, and are used again and again, are no sample of the text."""
+    cfg = configured(tiny_config, **{"train.model_loss": "kl"})
+    loss, *_ = end_to_end(cfg)
+    opened = open_model(cfg, torch.device("cpu"))
+    its = loss._contexts.next_batch(64).document_ids.unique()
+    first = opened.contexts("train").next_batch(64).document_ids.unique()
+    assert len(its) > 4
+    assert torch.isin(its, first).float().mean() < 0.5
+    assert loss._contexts.part == "train"
+
+
 @pytest.mark.filterwarnings("ignore:The fused training step")
 def test_a_resumed_run_takes_the_contexts_that_are_next(tiny_config: Path, tmp_path: Path):
     more = {"train.model_loss": "kl", "train.model_loss_fraction": 0.75}

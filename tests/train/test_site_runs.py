@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sae
 import sae.stream.opening as opening
-from sae.analysis import ablate, head_shares, places_of_latents, splice
+from sae.analysis import ablate, head_shares, open_run, places_of_latents, splice, steer
 from sae.cli import main
 from sae.configuration import from_command_line, from_flat
 from sae.evals.evaluable import Evaluable
@@ -106,6 +106,16 @@ def test_a_run_trains_is_measured_and_reported(
     if kind == "heads":
         torch.testing.assert_close(head_shares(coder, 4).sum(0), torch.ones(48))
     assert coder.metadata["hook_name"] == KINDS[kind]["model.hookpoint"]
+    if len(coder.sites.reads) > 1:
+        with pytest.raises(ValueError, match=r"opens runs that read one place.*`sae.load`"):
+            open_run(folder)
+    else:
+        opened = open_run(folder)
+        plain, place = opened.generate("the of and"), (opened.lm, opened.hookpoint, opened.coder)
+        with steer(*place, 2, 1e4, target=opened.target):
+            assert opened.generate("the of and") != plain
+        with splice(*place, target=opened.target):
+            assert opened.generate("the of and")
     # A dictionary alone remembers where it reads and writes.
     shutil.copytree(folder / "final", tmp_path / "alone")
     flags = ["--data.source", str(tiny_text_file), "--data.held_out_fraction", "0.1"]

@@ -232,7 +232,7 @@ class EvalRow:
     Attributes:
         make: starts an accumulator.
         reads: what its `update` takes: "activations" an EvalBatch, "contexts" a ContextBatch,
-            "model" a ModelBatch, "labelled" a LabelledBatch of its own `texts`, "world" a
+            "model" a ModelBatch, "labelled" a LabelledBatch of its source's `texts`, "world" a
             TruthBatch; "weights" is never updated and reads `EvalSetup.coder`.
         labels: words and unit for each of its metrics, in the order of the printed table.
         cost: "fast" for those that `--evals fast` runs, "full" for those that take longer,

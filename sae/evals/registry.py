@@ -67,7 +67,7 @@ EVALS: dict[EvalName, EvalRow] = {
         interventions.LATENT_LABELS,
     ),
     "probing_features": EvalRow(
-        features.ProbingFeatures,
+        features.probing_features,
         "world",
         features.LABELS,
         "minutes",
@@ -75,7 +75,7 @@ EVALS: dict[EvalName, EvalRow] = {
         scores.latent_labels(features.PREFIX, "feature"),
     ),
     "probing_tokens": EvalRow(
-        tokens.ProbingTokens,
+        tokens.probing_tokens,
         "contexts",
         tokens.LABELS,
         "minutes",
@@ -83,7 +83,7 @@ EVALS: dict[EvalName, EvalRow] = {
         scores.latent_labels(tokens.PREFIX, "concept of tokens"),
     ),
     "probing_texts": EvalRow(
-        texts.ProbingTexts,
+        texts.probing_texts,
         "labelled",
         texts.LABELS,
         "minutes",

@@ -297,7 +297,7 @@ def _run_on_labelled(
     tell: Tell,
 ) -> None:
     """Read labelled texts, which are few: the first process does it alone."""
-    texts: LabelledTexts = accumulator.texts  # type: ignore[attr-defined]
+    texts: LabelledTexts = accumulator.source.texts  # type: ignore[attr-defined]
     assert capture.reader is not None
     batches = labelled_batches(texts, capture.reader, coder, context_tokens)
     while True:

@@ -33,9 +33,9 @@ from sae.evals.probing.probes import (
 )
 from sae.evals.probing.reading import labelled_batches
 from sae.evals.probing.sample import RowSample
-from sae.evals.probing.tasks import COLUMNS, ConceptSample
-from sae.evals.probing.texts import ProbingTexts
-from sae.evals.probing.tokens import ProbingTokens
+from sae.evals.probing.tasks import COLUMNS, ConceptRows, ConceptSample
+from sae.evals.probing.texts import probing_texts
+from sae.evals.probing.tokens import probing_tokens
 from sae.evals.registry import EVALS, chosen_names
 from sae.stream.contexts import CapturedContexts
 from sae.stream.hookpoints import find_hookpoint
@@ -162,7 +162,8 @@ def test_tasks_are_balanced_and_say_how_rare_their_concept_was() -> None:
     dense = gaussian(n, 6, seed=6).relu()
     dense[:, 1] += 9 * on[:, 1]
     known = torch.ones_like(on)
-    sample.update(numbers_of(torch.arange(n), 0), halves, on, known, dense, from_dense(dense))
+    numbers = numbers_of(torch.arange(n), 0)
+    sample.update(ConceptRows(numbers, halves, on, known, dense, from_dense(dense)))
     table = sample.table(6, 0)
     found = dict(zip(COLUMNS, table.values.T, strict=True))
     assert found["positive_share"][:2].tolist() == [0.5, 0.05]
@@ -243,7 +244,7 @@ def token_batch(lm: LanguageModel) -> ContextBatch:
 
 
 def test_a_latent_of_digits_tells_digits(token_batch: ContextBatch) -> None:
-    accumulator = ProbingTokens(EvalSetup(9, 4, n_resamples=20, settings=QUICK))
+    accumulator = probing_tokens(EvalSetup(9, 4, n_resamples=20, settings=QUICK))
     accumulator.update(token_batch)
     metrics, arrays = accumulator.compute(), accumulator.arrays()
     assert metrics["token_probe_tasks"] > 8  # type: ignore[operator]
@@ -255,7 +256,7 @@ def test_a_latent_of_digits_tells_digits(token_batch: ContextBatch) -> None:
 
 def test_halves_and_order_of_text_change_nothing(token_batch: ContextBatch) -> None:
     setup = EvalSetup(9, 4, n_resamples=20, settings=QUICK)
-    once, one, other = (ProbingTokens(setup) for _ in range(3))
+    once, one, other = (probing_tokens(setup) for _ in range(3))
     once.update(token_batch)
     whole = token_batch.contexts
     for accumulator, rows in ((one, slice(25, 40)), (other, slice(0, 25))):
@@ -272,7 +273,7 @@ def test_halves_and_order_of_text_change_nothing(token_batch: ContextBatch) -> N
 
 
 def test_activations_without_text_leave_tokens_undefined(token_batch: ContextBatch) -> None:
-    accumulator = ProbingTokens(EvalSetup(9, 4, settings=QUICK))
+    accumulator = probing_tokens(EvalSetup(9, 4, settings=QUICK))
     accumulator.update(ContextBatch(token_batch.contexts, token_batch.latents, token_batch.kept))
     values = accumulator.compute().values()
     assert all(
@@ -330,7 +331,7 @@ def test_a_glob_that_matches_no_data_set_is_refused() -> None:
 def test_a_missing_package_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae.evals.probing.labelled.PACKAGE", "package:no-such-probes")
     with pytest.raises(RuntimeError, match=r"pip install --no-deps sae-probes"):
-        ProbingTexts(EvalSetup(4, 4))
+        probing_texts(EvalSetup(4, 4))
 
 
 class Axes:
@@ -372,9 +373,9 @@ def test_a_text_is_read_at_its_last_token(lm: LanguageModel, context_tokens: int
 @pytest.mark.usefixtures("package")
 def test_texts_probed_in_any_order_score_the_same(lm: LanguageModel) -> None:
     setup = EvalSetup(32, 64, n_resamples=20, settings=QUICK)
-    once, one, other = (ProbingTexts(setup) for _ in range(3))
+    once, one, other = (probing_texts(setup) for _ in range(3))
     reader = Reader(lm, [find_hookpoint(lm.module, "model.layers.1")])
-    batches = list(labelled_batches(once.texts, reader, Evaluable(Axes(32), 32), 128))
+    batches = list(labelled_batches(once.source.texts, reader, Evaluable(Axes(32), 32), 128))
     for number, batch in enumerate(batches):
         once.update(batch)
         (one if number % 2 else other).update(batch)

@@ -10,62 +10,47 @@ concept. Cannot see: what a latent writes; sizes that are wrong in the same orde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from sae.coder.latents import Latents
-from sae.evals.interface import EvalSetup, Explanation, Seen, Value
+from sae.evals.interface import EvalSetup, Seen
 from sae.evals.numbers import HALVES, numbers_of
-from sae.evals.probing.scores import Probed, labels_of
+from sae.evals.probing.scores import NO_TASK, Probing, labels_of
+from sae.evals.probing.tasks import ConceptRows
 from sae.evals.truth import TruthBatch
 
 PREFIX = "probe"
 LABELS = labels_of(PREFIX, "true features")
 
 
-class ProbingFeatures:
-    """Accumulates what `LABELS` lists.
+def probing_features(setup: EvalSetup) -> Probing:
+    """Start the eval of this module.
 
     Errors: ValueError for a setup without `truth`.
     """
+    return Probing(setup, TrueFeatures(setup))
+
+
+class TrueFeatures:
+    """A world's rows, by the features that are on."""
+
+    prefix, words, nothing = PREFIX, "{}", NO_TASK
 
     def __init__(self, setup: EvalSetup) -> None:
-        self.seen, self.seed = Seen(), setup.seed
         truth = setup.require_truth("probing_features")
-        self.features = truth.frequent[: setup.settings.probe_features]
-        names = [f"feature_{number}" for number in self.features.tolist()]
-        self.probed = Probed(setup, PREFIX, names, "{}")
+        self.seed, self.features = setup.seed, truth.frequent[: setup.settings.probe_features]
+        self.names = tuple(f"feature_{number}" for number in self.features.tolist())
 
-    def update(self, batch: TruthBatch) -> None:
-        """Add n rows."""
+    def rows(self, batch: TruthBatch, seen: Seen) -> ConceptRows:
+        """Return all rows of a batch."""
         numbers = batch.document_ids.cpu()
-        self.seen.update(numbers)
+        seen.update(numbers)
         is_on = batch.codes[:, self.features.to(batch.codes.device)].cpu() > 0
-        latents = Latents(*(part.cpu() for part in batch.latents))
-        self.probed.changed().update(
+        return ConceptRows(
             numbers_of(numbers, self.seed),
             numbers % HALVES,
             is_on,
             torch.ones_like(is_on),
             batch.x.cpu(),
-            latents,
+            Latents(*(part.cpu() for part in batch.latents)),
         )
-
-    def merge(self, other: ProbingFeatures) -> None:
-        """Add another's rows."""
-        self.seen.merge(other.seen)
-        self.probed.changed().merge(other.probed.sample)
-
-    def compute(self) -> dict[str, Value]:
-        """Return every metric of this module, with intervals over features."""
-        return self.probed.metrics()
-
-    def arrays(self) -> Mapping[str, Tensor]:
-        """Return each feature's scores and latents, and each latent's best AUROC."""
-        return self.probed.arrays()
-
-    def explanations(self) -> list[Explanation]:
-        """Return which feature each latent tells best."""
-        return self.probed.explanations()

@@ -1,4 +1,7 @@
-"""From a table of tasks to flat metrics, arrays and words: what the three probing evals share.
+"""What probing is, whatever the concepts: rows in, a table of tasks, then metrics and words.
+
+The three probing evals are this one with another `Source`, which says of a batch which of its rows
+hold which concepts.
 
 All but the last two are means over the tasks that could be scored, with intervals over tasks: which
 concepts were asked about matters more than the rows of each.
@@ -6,15 +9,16 @@ concepts were asked about matters more than the rows of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sae.evals.bootstrap import with_intervals
-from sae.evals.interface import EvalSetup, Explanation, Label, Undefined, Value
+from sae.evals.interface import EvalSetup, Explanation, Label, Seen, Undefined, Value
 from sae.evals.probing.probes import SIZES
-from sae.evals.probing.tasks import COLUMNS, ConceptSample, Table
+from sae.evals.probing.tasks import COLUMNS, ConceptRows, ConceptSample, Table
 
 NO_TASK = "no concept has enough rows of each kind in both parts"
 CANNOT_SEE = (
@@ -29,9 +33,17 @@ def labels_of(prefix: str, what: str) -> dict[str, Label]:
         f"auroc_{k}": Label(f"{what} told by {_many(k)}, AUROC", better="higher", best=1)
         for k in SIZES
     }
-    found |= {f"balanced_{k}": Label(f"the same by {_many(k)}, balanced accuracy") for k in SIZES}
-    found |= {f"gain_{k}": Label(f"AUROC of {_many(k)} above raw neurons'") for k in SIZES}
-    found["loss"] = Label("loss of the best one-latent probe", "nats")
+    found |= {
+        f"balanced_{k}": Label(
+            f"the same by {_many(k)}, balanced accuracy", better="higher", best=1
+        )
+        for k in SIZES
+    }
+    found |= {
+        f"gain_{k}": Label(f"AUROC of {_many(k)} above raw neurons'", better="higher")
+        for k in SIZES
+    }
+    found["loss"] = Label("loss of the best one-latent probe", "nats", "lower", 0)
     found["auroc_shuffled"] = Label("AUROC of one latent for shuffled labels")
     found |= {f"neurons_auroc_{k}": Label(f"AUROC of {k} raw neurons") for k in SIZES}
     found |= {f"pca_auroc_{k}": Label(f"AUROC of {k} principal components") for k in SIZES}
@@ -51,26 +63,82 @@ def _many(k: int) -> str:
     return "one latent" if k == 1 else f"{k} latents"
 
 
-class Probed:
-    """A sample of concepts' rows, and what probes found in it: computed once for what it holds.
+class Source(Protocol):
+    """Where the rows of concepts come from.
 
-    Args:
-        prefix: of the metrics' names. words: what a latent chosen for a concept is said to mean,
-            with {} for the concept.
+    Attributes:
+        prefix: of the metrics' names. names: of the concepts. words: what a latent chosen for a
+            concept is said to mean, with {} for the concept. nothing: why there may be no row.
     """
 
-    def __init__(self, setup: EvalSetup, prefix: str, names: Sequence[str], words: str) -> None:
-        self.setup, self.prefix, self.words = setup, prefix, words
-        self.sample = ConceptSample(names, setup.settings.probe_examples)
+    prefix: str
+    names: tuple[str, ...]
+    words: str
+    nothing: str
+
+    def rows(self, batch: Any, seen: Seen, /) -> ConceptRows | None:
+        """Count a batch in `seen` and return its rows; None where it has none."""
+        ...
+
+
+class Probing:
+    """A sample of concepts' rows, and what probes find in it: computed once for what it holds."""
+
+    def __init__(self, setup: EvalSetup, source: Source) -> None:
+        self.setup, self.source, self.seen = setup, source, Seen()
+        self.prefix = source.prefix
+        self.sample = ConceptSample(source.names, setup.settings.probe_examples)
         self._table: Table | None = None
 
-    def changed(self) -> ConceptSample:
-        """Return the sample, to add rows to it."""
-        self._table = None
-        return self.sample
+    def update(self, batch: Any) -> None:
+        """Add a batch of the kind that the source reads."""
+        rows = self.source.rows(batch, self.seen)
+        if rows is not None:
+            self._table = None
+            self.sample.update(rows)
 
-    def metrics(self) -> dict[str, Value]:
-        """Return every metric."""
+    def merge(self, other: Probing) -> None:
+        """Add another's rows."""
+        self._table = None
+        self.seen.merge(other.seen)
+        self.sample.merge(other.sample)
+
+    def compute(self) -> dict[str, Value]:
+        """Return every metric, with intervals over concepts."""
+        if not self.sample.has_rows:
+            return dict.fromkeys(labels_of(self.prefix, ""), Undefined(self.source.nothing))
+        return self._metrics()
+
+    def arrays(self) -> Mapping[str, Tensor]:
+        """Return by task its values (len(COLUMNS)) and latents, and by latent its best AUROC."""
+        if not self.sample.has_rows:
+            return {}
+        table = self._found()
+        by_latent = torch.full((self.setup.d_sae,), torch.nan)
+        found: dict[str, Tensor] = {f"latents/{self.prefix}_auroc": by_latent}
+        for name, values, latents in zip(self.sample.names, *table, strict=True):
+            found[f"tasks/{name}"] = values.clone()
+            found[f"chosen/{name}"] = latents.clone()
+            if latents[0] >= 0:
+                score = values[0].float()
+                by_latent[latents[0]] = torch.fmax(by_latent[latents[0]], score)
+        return found
+
+    def explanations(self) -> list[Explanation]:
+        """Return for latents that are the best of a concept that concept, its best one first."""
+        if not self.sample.has_rows:
+            return []
+        best: dict[int, tuple[float, str]] = {}
+        for name, values, latents in zip(self.sample.names, *self._found(), strict=True):
+            latent, score = int(latents[0]), float(values[0])
+            if latent >= 0 and score > best.get(latent, (0.5, ""))[0]:
+                best[latent] = (score, name)
+        return [
+            Explanation(latent, f"{self.source.words.format(name)} (AUROC {score:.2f})", "probe")
+            for latent, (score, name) in sorted(best.items())
+        ]
+
+    def _metrics(self) -> dict[str, Value]:
         values = self._found().values
         is_scored = torch.isfinite(values).all(1)
         columns = dict(zip(COLUMNS, values.nan_to_num(0.0).unbind(1), strict=True))
@@ -86,36 +154,6 @@ class Probed:
             reasons=dict.fromkeys(asked, NO_TASK),
         )
         return found | {f"{self.prefix}_tasks": float(is_scored.sum())}
-
-    def undefined(self, reason: str) -> dict[str, Value]:
-        """Return every metric as undefined."""
-        return dict.fromkeys(labels_of(self.prefix, ""), Undefined(reason))
-
-    def arrays(self) -> Mapping[str, Tensor]:
-        """Return by task its values (len(COLUMNS)) and latents, and by latent its best AUROC."""
-        table = self._found()
-        by_latent = torch.full((self.setup.d_sae,), torch.nan)
-        found: dict[str, Tensor] = {f"latents/{self.prefix}_auroc": by_latent}
-        for name, values, latents in zip(self.sample.names, *table, strict=True):
-            found[f"tasks/{name}"] = values.clone()
-            found[f"chosen/{name}"] = latents.clone()
-            if latents[0] >= 0:
-                score = values[0].float()
-                by_latent[latents[0]] = torch.fmax(by_latent[latents[0]], score)
-        return found
-
-    def explanations(self) -> list[Explanation]:
-        """Return for latents that are the best of a concept that concept, its best one first."""
-        table = self._found()
-        best: dict[int, tuple[float, str]] = {}
-        for name, values, latents in zip(self.sample.names, *table, strict=True):
-            latent, score = int(latents[0]), float(values[0])
-            if latent >= 0 and score > best.get(latent, (0.5, ""))[0]:
-                best[latent] = (score, name)
-        return [
-            Explanation(latent, f"{self.words.format(name)} (AUROC {score:.2f})", "probe")
-            for latent, (score, name) in sorted(best.items())
-        ]
 
     def _found(self) -> Table:
         if self._table is None:

@@ -47,6 +47,21 @@ COLUMNS = (
 """What is known of each task, in the order of `Table.values`' columns."""
 
 
+class ConceptRows(NamedTuple):
+    """n rows, each of which may or may not hold each concept.
+
+    Shapes: numbers, halves (n) int64: of `numbers`, and which part of the tasks a row is for;
+    is_on, is_known (n, concepts) bool; x (n, d); latents (n, k) each; on the CPU.
+    """
+
+    numbers: Tensor
+    halves: Tensor
+    is_on: Tensor
+    is_known: Tensor
+    x: Tensor
+    latents: Latents
+
+
 class Table(NamedTuple):
     """What probes found: values (tasks, len(COLUMNS)) float64, NaN where a task could not be
     scored; latents (tasks, c) int64, chosen for each, the best first, −1 where none was."""
@@ -66,20 +81,18 @@ class ConceptSample:
         self.names = tuple(names)
         self.rows = RowSample(CELLS * len(self.names), n_examples // CELLS)
 
-    def update(
-        self,
-        numbers: Tensor,
-        halves: Tensor,
-        is_on: Tensor,
-        is_known: Tensor,
-        x: Tensor,
-        z: Latents,
-    ) -> None:
-        """Add n rows: numbers, halves (n) int64; is_on, is_known (n, concepts) bool; x (n, d)."""
-        in_half = torch.stack([halves == half for half in range(HALVES)], 1)
-        by_label = torch.stack([is_known & ~is_on, is_known & is_on], 2)
+    @property
+    def has_rows(self) -> bool:
+        """Whether any row came in."""
+        return bool(self.rows.counts.any())
+
+    def update(self, rows: ConceptRows) -> None:
+        """Add rows."""
+        in_half = torch.stack([rows.halves == half for half in range(HALVES)], 1)
+        is_off, is_on = rows.is_known & ~rows.is_on, rows.is_known & rows.is_on
+        by_label = torch.stack([is_off, is_on], 2)
         is_in = in_half[:, None, :, None] & by_label[:, :, None, :]
-        self.rows.update(numbers, is_in.flatten(1), x, z)
+        self.rows.update(rows.numbers, is_in.flatten(1), rows.x, rows.latents)
 
     def merge(self, other: ConceptSample) -> None:
         """Add another's rows."""

@@ -12,59 +12,42 @@ second a data set. Cannot see: what a latent writes; what latents do before a te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from sae.coder.latents import Latents
-from sae.evals.interface import EvalSetup, Explanation, Seen, Value
+from sae.evals.interface import EvalSetup, Seen
 from sae.evals.probing.labelled import LabelledTexts
 from sae.evals.probing.reading import LabelledBatch
-from sae.evals.probing.scores import Probed, labels_of
+from sae.evals.probing.scores import NO_TASK, Probing, labels_of
+from sae.evals.probing.tasks import ConceptRows
 
 PREFIX = "text_probe"
 LABELS = labels_of(PREFIX, "classes of texts")
 
 
-class ProbingTexts:
-    """Accumulates what `LABELS` lists.
+def probing_texts(setup: EvalSetup) -> Probing:
+    """Start the eval of this module.
 
     Errors: RuntimeError where sae-probes is not installed.
     """
+    return Probing(setup, DataSets(setup))
+
+
+class DataSets:
+    """Labelled texts, by the class that their data set says."""
+
+    prefix, words, nothing = PREFIX, "texts: {}", NO_TASK
 
     def __init__(self, setup: EvalSetup) -> None:
-        self.seen, self.texts = Seen(), LabelledTexts(setup.settings, setup.seed)
-        self.probed = Probed(setup, PREFIX, self.texts.names, "texts: {}")
+        self.texts = LabelledTexts(setup.settings, setup.seed)
+        self.names = self.texts.names
 
-    def update(self, batch: LabelledBatch) -> None:
-        """Add texts of one data set."""
-        self.seen.update(batch.numbers)
-        self.seen.n_tokens += batch.n_tokens - len(batch.numbers)
-        is_known = torch.zeros(len(batch.numbers), len(self.texts.names), dtype=torch.bool)
+    def rows(self, batch: LabelledBatch, seen: Seen) -> ConceptRows:
+        """Return a row a text, of the one concept that its data set is about."""
+        seen.update(batch.numbers)
+        seen.n_tokens += batch.n_tokens - len(batch.numbers)
+        is_known = torch.zeros(len(batch.numbers), len(self.names), dtype=torch.bool)
         is_known[:, batch.task] = True
-        self.probed.changed().update(
-            batch.numbers,
-            batch.halves,
-            batch.is_on[:, None],
-            is_known,
-            batch.x.cpu(),
-            Latents(*(part.cpu() for part in batch.latents)),
-        )
-
-    def merge(self, other: ProbingTexts) -> None:
-        """Add another's texts."""
-        self.seen.merge(other.seen)
-        self.probed.changed().merge(other.probed.sample)
-
-    def compute(self) -> dict[str, Value]:
-        """Return every metric of this module, with intervals over data sets."""
-        return self.probed.metrics()
-
-    def arrays(self) -> Mapping[str, Tensor]:
-        """Return each data set's scores and latents, and each latent's best AUROC."""
-        return self.probed.arrays()
-
-    def explanations(self) -> list[Explanation]:
-        """Return which data set each latent tells best."""
-        return self.probed.explanations()
+        latents = Latents(*(part.cpu() for part in batch.latents))
+        is_on = batch.is_on[:, None]
+        return ConceptRows(batch.numbers, batch.halves, is_on, is_known, batch.x.cpu(), latents)

@@ -46,7 +46,9 @@ EVERYWHERE = {
 }
 LABELS = {
     **EVERYWHERE,
-    "effective_tokens": Label("tokens on which a latent fires, effective number", better="lower"),
+    "effective_tokens": Label(
+        "tokens on which a latent fires, effective number", better="lower", best=1
+    ),
     "effective_tokens_shuffled": Label("the same of as many random tokens"),
 }
 LABELS_OF_FEATURES = {

@@ -64,22 +64,24 @@ class Hits:
 
     def accuracy(self, weights: Tensor) -> Tensor:
         """Return the probes' mean accuracy for weights (r, blocks), (r)."""
-        return self._accuracy(weights, self.scores).mean(1)
+        return self._accuracy(weights, self.scores).nanmean(1)
 
     def gaps(self, weights: Tensor, changes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean gap of each change, (r), from what it takes from the scores.
+
+        A concept counts in the resamples that hold rows of it and others.
 
         Shapes: changes (concepts, n, concepts) each.
         """
         before = self._accuracy(weights, self.scores)
         found = {}
         for name, change in changes.items():
-            gap = torch.zeros(len(weights), dtype=torch.float64)
+            gaps = []
             for concept, subtracted in enumerate(change):
                 effect = before - self._accuracy(weights, self.scores - subtracted)
-                own = effect[:, concept]
-                gap += own - (effect.sum(1) - own) / (effect.shape[1] - 1)
-            found[name] = gap / len(change)
+                others = effect[:, torch.arange(effect.shape[1]) != concept]
+                gaps.append(effect[:, concept] - others.nanmean(1))
+            found[name] = torch.stack(gaps, 1).nanmean(1)
         return found
 
     def _accuracy(self, weights: Tensor, scores: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,13 +31,13 @@ from sae.evals.intervening.interventions import (
     NO_WORDS,
     Interventions,
 )
-from sae.evals.intervening.running import log_probs_under
+from sae.evals.intervening.running import Forwards, can_share
 from sae.evals.intervening.sample import ContextSample, tokens_of
 from sae.evals.intervening.steering import MATCHED_KL, Steered, at_matched_kl, monotone_range
 from sae.evals.intervening.targets import find_targets
 from sae.evals.replacing import Places, changed, logits_of
 from sae.stream.contexts import CapturedContexts
-from sae.stream.hookpoints import Hookpoint
+from sae.stream.hookpoints import Hookpoint, find_hookpoint
 
 SETTINGS = EvalConfig(intervention_latents=16)
 LM, CODER = key_value_parts()
@@ -102,15 +104,84 @@ def test_ablating_with_the_error_kept_takes_away_what_the_latent_wrote():
     torch.testing.assert_close(ablated - clean, exact, rtol=1e-4, atol=1e-5)
 
 
-def test_a_dose_of_nothing_changes_nothing():
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_dose_of_nothing_changes_nothing(shares):
     tokens = TEXT.tokens[:3]
     changes = torch.zeros(2, tokens.numel(), D)
     changes[1, 5] = 1.0
-    counted = torch.arange(tokens.numel())
-    same, moved = log_probs_under(LM, PLACE, tokens, changes, counted)
-    assert torch.equal(same, logits_of(LM, tokens).flatten(0, 1).log_softmax(-1))
+    forwards = Forwards(LM, PLACE, tokens, torch.arange(tokens.numel()), shares=shares)
+    same, moved = forwards.under(changes)
+    assert torch.equal(forwards.clean, logits_of(LM, tokens).flatten(0, 1).log_softmax(-1))
+    assert torch.equal(same, forwards.clean)
     assert not torch.equal(moved, same)
     assert torch.equal(moved[:5], same[:5])
+
+
+PATHS = ("model.layers.0", "model.layers.2", "model.layers.1.mlp", "model.layers.2.mlp:in")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_lies_before_the_place_is_run_once_and_nothing_else_changes(lm, path):
+    """Against whole forwards in float64, several variants at once and one after the other."""
+    exact = dataclasses.replace(lm, module=copy.deepcopy(lm.module).double())
+    places = Places((find_hookpoint(exact.module, path),))
+    tokens = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0))
+    changes = gaussian(45, 96, 32, seed=3).double()
+    counted = torch.tensor([3, 50, 51, 95])
+    forwards = Forwards(exact, places, tokens, counted, shares=True)
+    with counting(exact.module.model.layers) as runs:
+        found = forwards.under(changes)
+    whole = Forwards(exact, places, tokens, counted, shares=False)
+    torch.testing.assert_close(forwards.clean, whole.clean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, whole.under(changes), rtol=1e-12, atol=1e-12)
+    at = int(path.split(".")[2])
+    assert runs[:at] == [0] * at
+    assert runs[at + 1 :] == [3] * (3 - at)  # 21 variants of 96 tokens at once
+    with changed(exact, places, [changes[44]]):
+        last = logits_of(exact, tokens).flatten(0, 1)[counted].log_softmax(-1)
+    torch.testing.assert_close(found[44], last, rtol=1e-12, atol=1e-12)
+    assert can_share(exact, places, tokens[:2, :4], 32)
+
+
+@contextmanager
+def counting(layers: Any) -> Iterator[list[int]]:
+    """Count how often each layer's attention runs."""
+    runs = [0] * len(layers)
+
+    def count(number: int) -> Callable[..., None]:
+        def add(*_: Any) -> None:
+            runs[number] += 1
+
+        return add
+
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(count(number))
+        for number, layer in enumerate(layers)
+    ]
+    yield runs
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_model_whose_layers_share_more_than_their_outputs_is_run_whole(lm):
+    """Layer 3 reads what layer 0 left behind; begun at layer 2 it would read an old one."""
+    module: Any = copy.deepcopy(lm.module)
+    left: list[Tensor] = []
+
+    def leave(_module: Any, _args: Any, output: Tensor) -> None:
+        left[:] = [output[-1:]]
+
+    def take(_module: Any, args: Any) -> Any:
+        return (args[0] + left.pop(), *args[1:])
+
+    first, last = module.model.layers[0].self_attn, module.model.layers[3]
+    first.register_forward_hook(lambda m, a, output: leave(m, a, output[0]))
+    last.register_forward_pre_hook(take)
+    places = Places((find_hookpoint(module, "model.layers.2"),))
+    stateful = dataclasses.replace(lm, module=module)
+    tokens = torch.arange(3, 11).reshape(2, 4)
+    assert not can_share(stateful, places, tokens, 32)
+    assert can_share(lm, places, tokens, 32)
 
 
 def test_a_planted_key_value_latent_is_above_its_nulls(right):

@@ -10,9 +10,11 @@ from toy_worlds import ToyWorld, gaussian
 
 from sae.coder.latents import Latents
 from sae.evals import evaluate_on_world
+from sae.evals.blocks import N_BLOCKS
 from sae.evals.interface import EvalSetup
 from sae.evals.nulls import RandomDirections, ShuffledCodes, TrueDictionary
 from sae.evals.perturbation import N_ROWS, Perturbation
+from sae.evals.targeted import Hits
 from sae.evals.truth import Truth, TruthBatch
 
 N = 8000
@@ -50,6 +52,23 @@ def test_a_decoder_with_permuted_rows_is_seen(world: Any) -> None:
     true = TrueDictionary(world, torch.arange(world.n_features))
     true.W_dec = true.W_dec.roll(5, 0)
     assert metrics(true, world)["tpp_1"] < 0.05
+
+
+def test_a_concept_counts_in_the_resamples_that_hold_it() -> None:
+    """Without the only document of concept 2, what is left is what concepts 0 and 1 give alone."""
+    blocks, scores = torch.arange(60) % 6, gaussian(60, 3, seed=1)
+    is_on = torch.stack([torch.arange(60) % 2 == 0, blocks < 3, blocks == 0], 1)
+    changes = gaussian(180, 3, seed=2).reshape(3, 60, 3)
+    weights = torch.zeros(2, N_BLOCKS, dtype=torch.float64)
+    weights[0, :6], weights[1, 1:6] = 1, 1
+    hits = Hits(scores, is_on, blocks)
+    fewer = Hits(scores[:, :2], is_on[:, :2], blocks)
+    whole, gap = hits.accuracy(weights), hits.gaps(weights, {"change": changes})["change"]
+    assert bool(torch.isfinite(whole).all() & torch.isfinite(gap).all())
+    expected = fewer.gaps(weights, {"change": changes[:2, :, :2]})["change"]
+    assert whole[1] == pytest.approx(float(fewer.accuracy(weights)[1]))
+    assert gap[1] == pytest.approx(float(expected[1]))
+    assert gap[0] != pytest.approx(float(expected[0]))
 
 
 def _batch(n: int) -> TruthBatch:

@@ -29,11 +29,13 @@ NONE_DETECTED = (
 def labels_of(prefix: str, what: str) -> dict[str, Label]:
     """Return the labels of metrics that begin with `prefix`; what: the concepts."""
     found = {
-        "detected": Label(f"{what} that some latents detect", "share"),
-        "recall_child_off": Label("recall of a concept where no child is"),
-        "recall_child_on": Label("recall where a child is, of those detected"),
-        "drop": Label("recall lost where a child is"),
-        "full": Label("rows absorbed by another latent", "share"),
+        "detected": Label(f"{what} that some latents detect", "share", "higher", 1),
+        "recall_child_off": Label("recall of a concept where no child is", better="higher", best=1),
+        "recall_child_on": Label(
+            "recall where a child is, of those detected", better="higher", best=1
+        ),
+        "drop": Label("recall lost where a child is", better="lower", best=0),
+        "full": Label("rows absorbed by another latent", "share", "lower", 0),
         "decoder_leak": Label("cosine of a child's latent with its parent"),
         "encoder_hole": Label("cosine of a parent's encoder with its child"),
         "hedging": Label("cosine of a parent's latent with its child"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.coder.latents import Latents
 from sae.evals.evaluable import Evaluable
-from sae.evals.intervening.running import divergence, log_probs_under
+from sae.evals.intervening.running import Forwards, divergence
 from sae.evals.intervening.sample import ContextSample, Tokens
 from sae.evals.intervening.targets import Targets, activations_of
 from sae.evals.replacing import Places
@@ -29,13 +29,22 @@ VARIANTS = ("", "_random_direction", "_random_latent")
 
 @dataclass(frozen=True)
 class Stage:
-    """All that an intervention needs: the model, where it is changed, by what, on which text."""
+    """All that an intervention needs: the model, where it is changed, by what, on which text.
+
+    Attributes:
+        shares: whether forwards share what lies before the place (`running.can_share`).
+    """
 
     lm: LanguageModel
     places: Places
     coder: Evaluable
     sample: ContextSample
     tokens: Tokens
+    shares: bool = False
+
+    def forwards(self, tokens: Tensor, counted: Tensor) -> Forwards:
+        """Return the clean forward over tokens (b, t), and what makes variants of it."""
+        return Forwards(self.lm, self.places, tokens, counted, shares=self.shares)
 
 
 def ablate_each(stage: Stage, targets: Targets, generator: torch.Generator) -> dict[str, Tensor]:
@@ -58,18 +67,19 @@ def _ablate(stage: Stage, latent: int, contrast: Tensor, others: Tensor) -> Tens
     fires = (activations_of(held, latent) != 0) & (held.halves == 1) & (held.positions < REACH)
     chosen = held.rows[fires].unique()[:N_ROWS]
     is_in = fires & torch.isin(held.rows, chosen)
-    tokens = torch.stack([_padded(stage.sample.rows[i].tokens[:REACH]) for i in chosen.tolist()])
-    at = torch.searchsorted(chosen, held.rows[is_in]) * REACH + held.positions[is_in]
+    # No token sees those behind it, so the model need not read beyond the last that is changed.
+    reach = int(held.positions[is_in].max()) + 1
+    tokens = torch.stack([beginning(stage.sample.rows[i].tokens, reach) for i in chosen.tolist()])
+    at = torch.searchsorted(chosen, held.rows[is_in]) * reach + held.positions[is_in]
     own = ablation(stage.coder, held.x[is_in], Latents(*(p[is_in] for p in held.code)), latent)
     size = own.norm(dim=1, keepdim=True)
-    variants = torch.stack([torch.zeros_like(own), own, *(-size * row for row in others)])
-    changes = own.new_zeros(len(variants), tokens.numel(), own.shape[1])
-    changes[:, at] = variants
-    counted = at[held.following[is_in] >= 0]
-    clean, *ablated = log_probs_under(stage.lm, stage.places, tokens, changes, counted)
+    changes = own.new_zeros(1 + len(others), tokens.numel(), own.shape[1])
+    changes[:, at] = torch.stack([own, *(-size * row for row in others)])
+    forwards = stage.forwards(tokens, at[held.following[is_in] >= 0])
+    clean = forwards.clean
     found = [
         value
-        for one in ablated
+        for one in forwards.under(changes)
         for value in (divergence(clean, one).mean(), ((clean - one) @ contrast).mean())
     ]
     return torch.stack(found).double()
@@ -86,6 +96,6 @@ def unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def _padded(tokens: Tensor) -> Tensor:
-    """Return REACH tokens; what is added stands behind all that counts."""
-    return torch.nn.functional.pad(tokens, (0, REACH - len(tokens)))
+def beginning(tokens: Tensor, n: int) -> Tensor:
+    """Return the first n tokens; what is added stands behind all that counts."""
+    return torch.nn.functional.pad(tokens[:n], (0, max(n - len(tokens), 0)))

@@ -23,9 +23,10 @@ they were tried on; those of concept_* are over documents, as their concepts are
 Source: METRICS of Karvonen et al. 2025 (arXiv 2503.09532) for concept_tpp; Geva et al. 2021 for
 key → value; matched KL, the followers' contrast and the baselines at the same KL are ours.
 
-Cost: forwards of about 4 (2 l + 24) · 8 · 16 + 16 l · 64 tokens with l latents, 77,824 at the
-default of 32, whatever d_sae is: some minutes for 135 M weights on two cores. Memory: a sample of
-16,384 tokens with activations and codes; log-probabilities of 2048 tokens.
+Cost: the layers above the place, on about 4 (2 l + 24) · 8 · 16 + 16 l · 64 tokens with l latents,
+77,824 at the default of 32, whatever d_sae is; what lies below runs once a text (`running`). About
+200 s of one core for 135 M weights. Memory: a sample of 16,384 tokens with activations and codes;
+log-probabilities of 2048 tokens.
 Cannot see: what a latent does far from where it writes (answers over many tokens); latents whose
 followers are those of all tokens, which have no target; absorption and noise fitting
 (docs/defects.md). ablation_kl alone says how much a latent writes, not whether it is the right
@@ -36,6 +37,7 @@ model reads there too. Not for coders that write to several places.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,9 +45,10 @@ from torch import Tensor
 from sae.evals.bootstrap import with_intervals
 from sae.evals.interface import ContextBatch, EvalSetup, Label, Seen, Undefined, Value
 from sae.evals.intervening import ablating, steering
-from sae.evals.intervening.ablating import REACH, Stage, ablate_each
+from sae.evals.intervening.ablating import REACH, Stage, ablate_each, beginning
 from sae.evals.intervening.concepts import ConceptPerturbation, tokens_with_concepts
 from sae.evals.intervening.key_value import key_value_auroc
+from sae.evals.intervening.running import TRIED_ON, can_share
 from sae.evals.intervening.sample import ContextSample, tokens_of
 from sae.evals.intervening.steering import steer_each
 from sae.evals.intervening.targets import N_COMPONENTS, Targets, find_targets
@@ -62,17 +65,17 @@ NO_WORDS = "the model's tokenizer gives no text to find concepts in"
 NO_CONCEPT = "fewer than two concepts are on enough tokens of both halves of the documents"
 
 BY_LATENT = {
-    "key_value_auroc": Label("next tokens that a latent promotes, AUROC"),
+    "key_value_auroc": Label("next tokens that a latent promotes, AUROC", better="higher", best=1),
     "key_value_auroc_random_latent": Label("… that another latent promotes"),
     "ablation_kl": Label("KL where a latent fires, without it", "nats"),
     "ablation_kl_random_direction": Label("… with as much along a random direction", "nats"),
     "ablation_kl_random_latent": Label("… with as much along another latent's", "nats"),
-    "ablation_target_drop": Label("log-probability that its next tokens lose", "nats"),
+    "ablation_target_drop": Label("log-probability that its next tokens lose", "nats", "higher"),
     "ablation_target_drop_random_direction": Label("… along a random direction", "nats"),
     "ablation_target_drop_random_latent": Label("… along another latent's", "nats"),
-    "dose_slope": Label("rise of its next tokens by dose", "nats"),
-    "dose_monotone": Label("share of the doses up to which they rise", "share"),
-    "steering_gain": Label("rise of its next tokens at 0.1 nats of KL", "nats"),
+    "dose_slope": Label("rise of its next tokens by dose", "nats", "higher"),
+    "dose_monotone": Label("share of the doses up to which they rise", "share", "higher", 1),
+    "steering_gain": Label("rise of its next tokens at 0.1 nats of KL", "nats", "higher"),
     "steering_gain_difference": Label("… by the difference in means", "nats"),
     "steering_gain_pca": Label("… by the nearest principal component", "nats"),
     "steering_gain_random_direction": Label("… by random directions", "nats"),
@@ -80,8 +83,8 @@ BY_LATENT = {
 }
 OF_CONCEPTS = {
     "concept_probe_accuracy": Label("probes of concepts, balanced accuracy"),
-    "concept_tpp_1": Label("concept lost with its latent, less others' loss"),
-    "concept_tpp_5": Label("… with its 5 latents"),
+    "concept_tpp_1": Label("concept lost with its latent, less others' loss", better="higher"),
+    "concept_tpp_5": Label("… with its 5 latents", better="higher"),
     "concept_tpp_difference": Label("… along the difference of means"),
     "concept_tpp_pca": Label("… along the nearest principal component"),
     "concept_tpp_random_direction": Label("… along a random direction"),
@@ -173,6 +176,9 @@ class Interventions:
             held, seed = stage.tokens, self.setup.seed
             n = self.setup.settings.intervention_latents
             written = stage.coder.written(held.x)
+            few = torch.stack([beginning(row.tokens, TRIED_ON) for row in self.sample.rows[:2]])
+            shares = can_share(stage.lm, stage.places, few, stage.coder.d_out)
+            stage = replace(stage, shares=shares)
             drawn = (self.setup.d_sae, _vocabulary(stage), n, REACH, seed)
             self._outcome = _intervene(stage, find_targets(held, written, *drawn), seed)
         return self._outcome

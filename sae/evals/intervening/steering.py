@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.evals.intervening.ablating import Stage, unit
-from sae.evals.intervening.running import divergence, log_probs_under
-from sae.evals.intervening.sample import ContextSample
+from sae.evals.intervening.ablating import Stage, beginning, unit
+from sae.evals.intervening.running import divergence
 from sae.evals.intervening.targets import Targets
 
 DOSES = (0.125, 0.25, 0.5, 1.0)
@@ -34,15 +33,15 @@ class Steered:
 
     def __init__(self, stage: Stage, targets: Targets, directions: Tensor) -> None:
         prompts = _Prompts(stage)
-        zero = torch.zeros(1, directions.shape[1])
-        clean = prompts.run(stage, zero)[0]
+        clean = prompts.forwards.clean
+        before = clean.mean(0)
         contrasts = targets.contrasts.T
         kls, responses = [], []
         for direction in unit(directions):
             doses = torch.tensor(DOSES)[:, None] * targets.scale * direction
-            steered = prompts.run(stage, doses)
+            steered = prompts.under(doses)
             kls.append(divergence(clean, steered).mean(1))
-            responses.append((steered - clean).mean(1) @ contrasts)
+            responses.append((steered.mean(1) - before) @ contrasts)
         self.kl, self.response = torch.stack(kls).double(), torch.stack(responses).double()
 
     def gains(self) -> Tensor:
@@ -105,25 +104,22 @@ def monotone_range(response: Tensor) -> Tensor:
 
 
 class _Prompts:
-    """The beginnings of some contexts of half 1 (of others, where there is none)."""
+    """The beginnings of some contexts of half 1 (of others, where there is none), run once."""
 
     def __init__(self, stage: Stage) -> None:
         held = stage.tokens
         is_early = (held.positions < PROMPT) & (held.following >= 0)
         is_tried = is_early & (held.halves == 1)
         rows = held.rows[is_tried].unique()[:N_PROMPTS]
-        self.tokens = torch.stack([_beginning(stage.sample, i) for i in rows.tolist()])
+        tokens = [beginning(stage.sample.rows[i].tokens, PROMPT) for i in rows.tolist()]
         is_in = (held.positions < PROMPT) & torch.isin(held.rows, rows)
         at = torch.searchsorted(rows, held.rows) * PROMPT + held.positions
-        self.steered, self.counted = at[is_in], at[is_in & is_tried]
+        self.steered = at[is_in]
+        self.forwards = stage.forwards(torch.stack(tokens), at[is_in & is_tried])
 
-    def run(self, stage: Stage, added: Tensor) -> Tensor:
+    def under(self, added: Tensor) -> Tensor:
         """Return log-probabilities (v, counted, vocabulary) with each of added (v, width)."""
-        changes = added.new_zeros(len(added), self.tokens.numel(), added.shape[1])
+        n_tokens = self.forwards.tokens.numel()
+        changes = added.new_zeros(len(added), n_tokens, added.shape[1])
         changes[:, self.steered] = added[:, None]
-        return log_probs_under(stage.lm, stage.places, self.tokens, changes, self.counted)
-
-
-def _beginning(sample: ContextSample, row: int) -> Tensor:
-    tokens = sample.rows[row].tokens[:PROMPT]
-    return torch.nn.functional.pad(tokens, (0, PROMPT - len(tokens)))
+        return self.forwards.under(changes)

@@ -201,7 +201,9 @@ CASES = {
     "threshold_select": Case(run_threshold_select, ("_mark_kernel",)),
     "sparse_decode": Case(run_sparse_decode, ("_decode_kernel", "_values_grad_kernel", *SUMS)),
     "sparse_encoder_grad": Case(run_sparse_encoder_grad, SUMS),
-    "sparse_decode_loss": Case(run_sparse_decode_loss, ("_held_kernel", "_looped_kernel")),
+    "sparse_decode_loss": Case(
+        run_sparse_decode_loss, ("_decode_kernel", "_errors_kernel", "_values_grad_kernel")
+    ),
     "fused_update": Case(run_fused_update, ("_update_kernel",)),
 }
 

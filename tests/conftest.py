@@ -23,6 +23,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Two threads a process stall on machines that are shared; one gives the same numbers everywhere.
 torch.set_num_threads(1)
 
+# On a machine with a GPU only the kernels' tests and those marked `gpu` use it, so that the others
+# are the same everywhere; with SAE_TESTS_ON=gpu all do.
+HAS_GPU, ALL_ON_GPU = torch.cuda.is_available(), os.environ.get("SAE_TESTS_ON") == "gpu"
+
 N_DOCUMENTS = 300
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>"]
 VOCABULARY = (
@@ -31,6 +35,19 @@ VOCABULARY = (
     "each she which do their time if will way about many then them would write like so these her "
     "long make thing see him two has look more day could go come did my sound no most number who"
 )
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Hide the GPU from tests that are not about it."""
+    is_about_it = ALL_ON_GPU or request.node.get_closest_marker("gpu") is not None
+    if HAS_GPU and "kernels" not in request.path.parts:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if not is_about_it:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
 
 
 def _documents() -> list[str]:

@@ -51,10 +51,14 @@ Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # values, indices, offsets, t
 
 
 def batch_topk_reference(x: Tensor, k_total: int) -> tuple[Ragged, Tensor]:
-    """Return the k_total largest elements of x (n, F) and the threshold by one stable sort."""
+    """Return the k_total largest elements of x (n, F) and the threshold by stable sorting."""
     n, width = x.shape
     flat = x.reshape(-1)
-    order = torch.sort(flat.detach(), descending=True, stable=True)[1][:k_total]
+    # NaN apart, and by numbers: a GPU's descending sort of a few doubles puts NaN last.
+    is_nan = flat.isnan()
+    values = flat.detach().masked_fill(is_nan, float("inf"))
+    order = torch.sort(values, descending=True, stable=True)[1]
+    order = order[torch.sort(is_nan[order].int(), descending=True, stable=True)[1]][:k_total]
     positions = order.sort()[0]
     offsets = torch.searchsorted(positions, torch.arange(n + 1, device=x.device) * width)
     return Ragged(flat[positions], positions % width, offsets), flat[order[-1]].detach()
@@ -161,7 +165,8 @@ def _selected(x: Tensor, positions: Tensor, threshold: Tensor) -> Selection:
     """Return values, indices, offsets and threshold of the ascending flat `positions`."""
     n, width = x.shape
     offsets = torch.searchsorted(positions, torch.arange(n + 1, device=x.device) * width)
-    return x.reshape(-1)[positions], positions % width, offsets, threshold
+    # A copy: an op must not return a part of another tensor.
+    return x.reshape(-1)[positions], positions % width, offsets, threshold.clone()
 
 
 def group_size_for(n_elements: int, k_total: int, largest: int) -> int:

@@ -139,12 +139,17 @@ RAGGED_SLICES = 4
 
 
 def launch_decode(
-    values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return x_hat (n, d_out) of the promoted dtype."""
+    """Return x_hat (n, d_out) of `dtype`, or of the promoted one."""
     n, k = tokens_and_k(indices, offsets)
     d = W_dec.shape[1]
-    x_hat = W_dec.new_empty((n, d), dtype=result_dtype(values, W_dec, b_dec))
+    x_hat = W_dec.new_empty((n, d), dtype=dtype or result_dtype(values, W_dec, b_dec))
     width = block_width(d, W_dec.dtype)
     launch(
         _decode_kernel,

@@ -1,17 +1,19 @@
-"""Decode and squared error with both local gradients, from one gather of the decoder's rows.
+"""Decode and squared error with both local gradients.
 
 Maths: with e = x_hat − target of a token, its loss is ‖e‖² and d loss / d value_j =
-2⟨W_dec[l_j], e⟩: both need only the rows that the decode has just read, so one pass computes them.
-dL/dW_dec and dL/db_dec follow from the residual target − x_hat, which is kept, without the rows.
+2⟨W_dec[l_j], e⟩. dL/dW_dec and dL/db_dec follow from the residual target − x_hat, which is kept,
+without the rows.
 Matryoshka: for prefixes m_1 < … < m_P = d_sae, e_p is the error with the latents below m_p alone,
 and loss = Σ_p w_p ‖e_p‖². With the suffix E_p = Σ over q ≥ p of w_q · e_q, d loss / d value_j =
-2⟨W_dec[l_j], E_p⟩ for the first prefix p that holds l_j: so the longest prefix is done first, and E
-grows on the way down.
+2⟨W_dec[l_j], E_p⟩ for the first prefix p that holds l_j. Pairs are sorted by (token, p), so that a
+decode of n·P bags gives what each prefix adds, and n·P suffixes give the dot products.
 Shapes: values, indices (..., k), or (p,) with offsets (n + 1,); W_dec (d_sae, d_out); b_dec
 (d_out); target (..., d_out) → loss (...), x_hat, residual (..., d_out), grad_values as values.
 Dtypes: as in decode.py; losses and grad_values in at least float32.
-Bytes: n·k·d_out·itemsize for the one gather, and n·d_out for the target, x_hat and residual each
-(P times the last with prefixes). Deterministic: yes, bitwise, forward and backward.
+Bytes: n·k·d_out·itemsize for each of two gathers, of which the second often hits the cache, and
+some times n·d_out (P times with prefixes) for errors. One gather for both, which held a token's
+rows in registers, took an H200 2 to 5 times as long: its sums over pairs cross warps, and few
+programs fit on a processor. Deterministic: yes, bitwise, forward and backward.
 """
 
 from collections.abc import Sequence
@@ -35,16 +37,15 @@ from .checks import (
 )
 from .decode import (
     decode_rows,
-    load_weight_rows,
-    pairs_of_token,
+    launch_decode,
+    launch_values_grad,
     sparse_decode_reference,
-    tokens_and_k,
     values_grad,
     weight_grad,
 )
 from .launching import launch, next_power_of_2, tl, triton
 from .ragged import tokens_of_code, tokens_of_pairs
-from .segments import by_latent, result_dtype
+from .segments import block_width, by_latent, result_dtype, warps_for
 
 
 class DecodeLoss(NamedTuple):
@@ -92,197 +93,53 @@ def sparse_decode_loss_reference(
 
 
 @triton.jit
-def _prefix(p, ends, weights):
-    """Return where the latents that prefix p adds begin and end, and its weight."""
-    if ends is None:
-        start, end, weight = 0, 2**62, 1.0
-    else:
-        start = tl.load(ends + p - 1, mask=p > 0, other=0)
-        end = tl.load(ends + p)
-        weight = tl.load(weights + p)
-    return start, end, weight
-
-
-@triton.jit
-def _error(token, cols, d, x, bias, target):
-    """Return the reconstruction with its bias, and its error, at `cols`; 0 past the width."""
-    inside = cols < d
-    if bias is not None:
-        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(target + token * d + cols, mask=inside, other=0.0).to(tl.float32)
-    return x, tl.where(inside, x - y, 0.0)
-
-
-@triton.jit
-def _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes):
-    """Store the suffix of a prefix, and what is asked of the whole dictionary if it is the last."""
-    inside = cols < d
-    if p == n_prefixes - 1:
-        tl.store(x_hat + token * d + cols, x, mask=inside)
-        tl.store(residual + token * d + cols, -error, mask=inside)
-    if suffixes is not None:
-        tl.store(suffixes + (token * n_prefixes + p) * d + cols, -suffix, mask=inside)
-
-
-@triton.jit
-def _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES: tl.constexpr):
-    """Store the losses of all prefixes, lane p that of prefix p, and their weighted sum."""
+def _errors_kernel(
+    parts,  # (n, P, d) fp32: what each prefix adds to x_hat; −E_p on return
+    bias,  # (d,) or None
+    target,  # (n, d)
+    weights,  # (P,) fp32, or None for one prefix
+    x_hat,  # (n, d), out
+    residual,  # (n, d), out; None for one prefix, whose residual is −E_0
+    loss,  # (n,) fp32, out
+    prefix_losses,  # (n, P) fp32, out
+    d,
+    n_prefixes,
+    LANES: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Turn one token's parts into errors, from the shortest prefix on, and these into suffixes."""
+    token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
+    losses = tl.zeros((LANES,), tl.float32)
+    for first in range(0, d, BD):
+        cols = first + tl.arange(0, BD)
+        inside = cols < d
+        at = parts + token * n_prefixes * d + cols
+        y = tl.load(target + token * d + cols, mask=inside, other=0.0).to(tl.float32)
+        x = tl.zeros((BD,), tl.float32)
+        if bias is not None:
+            x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        for p in range(n_prefixes):
+            x += tl.load(at + p * d, mask=inside, other=0.0)
+            error = tl.where(inside, x - y, 0.0)
+            tl.store(at + p * d, -error, mask=inside)
+            losses += tl.where(lane == p, tl.sum(error * error, axis=0), 0.0)
+        tl.store(x_hat + token * d + cols, x, mask=inside)
+        if weights is not None:
+            tl.store(residual + token * d + cols, y - x, mask=inside)
+            # What follows reads what other threads of this program may have stored.
+            tl.debug_barrier()
+            suffix = tl.zeros((BD,), tl.float32)
+            for step in range(n_prefixes):
+                p = n_prefixes - 1 - step
+                suffix += tl.load(weights + p) * tl.load(at + p * d, mask=inside, other=0.0)
+                tl.store(at + p * d, suffix, mask=inside)
     real = lane < n_prefixes
     weighted = losses
     if weights is not None:
         weighted = losses * tl.load(weights + lane, mask=real, other=0.0)
     tl.store(loss + token, tl.sum(weighted, axis=0))
     tl.store(prefix_losses + token * n_prefixes + lane, losses, mask=real)
-
-
-@triton.jit
-def _held_prefix(
-    p,
-    token,
-    cols,
-    d,
-    n_prefixes,
-    value,
-    latents,
-    rows,  # (BP, BD) fp32, the token's decoder rows at `cols`
-    bias,
-    target,
-    ends,
-    weights,
-    x_hat,
-    residual,
-    suffixes,
-    suffix,  # (BD,) fp32, of the next longer prefix
-    products,  # (BP, BD) fp32, the dot products' terms so far
-    losses,  # (LANES,) fp32, the losses so far
-    LANES: tl.constexpr,
-):
-    """Take one prefix at BD columns; return suffix, products and losses with it."""
-    start, end, weight = _prefix(p, ends, weights)
-    kept = tl.where(latents < end, value, 0.0)
-    x, error = _error(token, cols, d, tl.sum(kept[:, None] * rows, axis=0), bias, target)
-    suffix += weight * error
-    _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes)
-    losses += tl.where(tl.arange(0, LANES) == p, tl.sum(error * error, axis=0), 0.0)
-    first_held = tl.where((latents >= start) & (latents < end), 2.0, 0.0)
-    products += first_held[:, None] * rows * suffix[None, :]
-    return suffix, products, losses
-
-
-@triton.jit
-def _held_kernel(
-    values,  # (n, k)
-    indices,  # (n, k) int64
-    weight,  # (d_sae, d)
-    bias,  # (d,) or None
-    target,  # (n, d)
-    ends,  # (P,) int64, or None for one prefix: the whole dictionary
-    weights,  # (P,) fp32, or None
-    x_hat,  # (n, d), out
-    residual,  # (n, d), out
-    suffixes,  # (n, P, d), out, or None
-    grad_values,  # (n, k) fp32, out
-    loss,  # (n,) fp32, out
-    prefix_losses,  # (n, P) fp32, out
-    k,
-    d,
-    n_prefixes,
-    LANES: tl.constexpr,
-    BP: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """One token; its k ≤ BP rows are read BD columns at a time and held in registers."""
-    token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, BP)
-    real = pair < k
-    value = tl.load(values + token * k + pair, mask=real, other=0.0).to(tl.float32)
-    latents = tl.load(indices + token * k + pair, mask=real, other=0)
-    products = tl.zeros((BP, BD), tl.float32)
-    losses = tl.zeros((LANES,), tl.float32)
-    # With stages the next columns' rows are on their way, by asynchronous copies to shared memory,
-    # while these are summed. It takes a loop without another inside: one prefix.
-    for first in tl.range(0, d, BD, num_stages=3):
-        cols = first + tl.arange(0, BD)
-        rows = load_weight_rows(weight, latents, real, cols, d)
-        suffix = tl.zeros((BD,), tl.float32)
-        if ends is None:
-            _, products, losses = _held_prefix(
-                0, token, cols, d, n_prefixes, value, latents, rows, bias, target, ends, weights,
-                x_hat, residual, suffixes, suffix, products, losses, LANES,
-            )  # fmt: skip
-        else:
-            for step in range(n_prefixes):
-                suffix, products, losses = _held_prefix(
-                    n_prefixes - 1 - step, token, cols, d, n_prefixes, value, latents, rows, bias,
-                    target, ends, weights, x_hat, residual, suffixes, suffix, products, losses,
-                    LANES,
-                )  # fmt: skip
-    tl.store(grad_values + token * k + pair, tl.sum(products, axis=1), mask=real)
-    _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES)
-
-
-@triton.jit
-def _looped_kernel(
-    values,  # (p,)
-    indices,  # (p,) int64
-    offsets,  # (n + 1,) int64 or None
-    weight,  # (d_sae, d)
-    bias,  # (d,) or None
-    target,  # (n, d)
-    ends,  # (P,) int64, or None for one prefix: the whole dictionary
-    weights,  # (P,) fp32, or None
-    x_hat,  # (n, d), out
-    residual,  # (n, d), out
-    suffixes,  # (n, P, d), out, or None
-    grad_values,  # (p,) fp32, out
-    loss,  # (n,) fp32, out
-    prefix_losses,  # (n, P) fp32, out
-    k,
-    d,
-    n_prefixes,
-    LANES: tl.constexpr,
-    BP: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """One token with any number of pairs: BD columns of its rows are read again, from the cache."""
-    token = tl.program_id(0).to(tl.int64)
-    low, high = pairs_of_token(token, offsets, k)
-    losses = tl.zeros((LANES,), tl.float32)
-    for first in range(0, d, BD):
-        cols = first + tl.arange(0, BD)
-        suffix = tl.zeros((BD,), tl.float32)
-        for step in range(n_prefixes):
-            p = n_prefixes - 1 - step
-            start, end, weight_of_p = _prefix(p, ends, weights)
-            x = tl.zeros((BD,), tl.float32)
-            for block in range(low, high, BP):
-                pairs = block + tl.arange(0, BP)
-                latents = tl.load(indices + pairs, mask=pairs < high, other=0)
-                real = (pairs < high) & (latents < end)
-                value = tl.load(values + pairs, mask=real, other=0.0).to(tl.float32)
-                rows = load_weight_rows(weight, latents, real, cols, d)
-                x += tl.sum(value[:, None] * rows, axis=0)
-            x, error = _error(token, cols, d, x, bias, target)
-            suffix += weight_of_p * error
-            _store_rows(token, cols, d, p, n_prefixes, x, error, suffix, x_hat, residual, suffixes)
-            losses += tl.where(tl.arange(0, LANES) == p, tl.sum(error * error, axis=0), 0.0)
-            for block in range(low, high, BP):
-                pairs = block + tl.arange(0, BP)
-                latents = tl.load(indices + pairs, mask=pairs < high, other=0)
-                real = (pairs < high) & (latents >= start) & (latents < end)
-                rows = load_weight_rows(weight, latents, real, cols, d)
-                dots = tl.load(grad_values + pairs, mask=real & (first > 0), other=0.0)
-                dots += 2.0 * tl.sum(rows * suffix[None, :], axis=1)
-                tl.store(grad_values + pairs, dots, mask=real)
-        # The next columns' sums read what other threads of this program have just stored.
-        tl.debug_barrier()
-    _store_losses(token, losses, n_prefixes, weights, loss, prefix_losses, LANES)
-
-
-# Elements of the block of rows that a program of 8 warps holds: 32 a thread, beside as many sums.
-HELD_ELEMENTS = 8192
-MOST_HELD_PAIRS = 128  # then 64 columns are read at a time: 128 bytes of 16-bit rows
 
 
 def launch_decode_loss(
@@ -295,43 +152,42 @@ def launch_decode_loss(
     ends: Sequence[int],
     weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, x_hat, residual, grad_values, prefix_losses and suffixes (see `decode_loss`)."""
-    n, k = tokens_and_k(indices, offsets)
-    d, n_prefixes, several = W_dec.shape[1], len(ends), len(ends) > 1
+    """Return loss, x_hat, residual, grad_values, prefix_losses and suffixes (see `decode_loss`).
+
+    The rows are gathered once for the parts and once for the dot products.
+    """
+    (n, d), n_prefixes, several = target.shape, len(ends), len(ends) > 1
     dtype = result_dtype(values, W_dec, b_dec, target)
+    code, order = (values, indices, offsets), None
+    if several:
+        order, bags = _by_first_prefix(indices, offsets, n, ends)
+        code = values.reshape(-1)[order], indices.reshape(-1)[order], bags
+    parts = launch_decode(*code, W_dec, None, torch.float32)
     x_hat, residual = (W_dec.new_empty((n, d), dtype=dtype) for _ in range(2))
-    suffixes = W_dec.new_empty((n, n_prefixes, d) if several else (0,), dtype=dtype)
-    make = W_dec.new_empty if offsets is None else W_dec.new_zeros
-    grad_values = make(indices.shape, dtype=torch.float32)
-    loss = W_dec.new_empty((n,), dtype=torch.float32)
-    prefix_losses = W_dec.new_empty((n, n_prefixes), dtype=torch.float32)
-    rest = (
-        *(W_dec, b_dec, target),
-        *(_on_device(tuple(ends), tuple(weights), W_dec.device) if several else (None, None)),
-        *(x_hat, residual, suffixes if several else None, grad_values, loss, prefix_losses),
-        *(k, d, n_prefixes),
+    loss = parts.new_empty(n)
+    prefix_losses = parts.new_empty((n, n_prefixes))
+    width = block_width(d, torch.float32)
+    launch(
+        _errors_kernel,
+        (n,),
+        *(parts, b_dec, target, _weights_on(tuple(weights), W_dec.device) if several else None),
+        *(x_hat, residual if several else None, loss, prefix_losses, d, n_prefixes),
+        num_warps=warps_for(width, torch.float32),
+        LANES=next_power_of_2(n_prefixes),
+        BD=width,
     )
-    lanes = next_power_of_2(n_prefixes)
-    # Rows that do not begin at 16 bytes take too many addresses to be held.
-    is_aligned = d * W_dec.itemsize % 16 == 0
-    if offsets is None and k <= MOST_HELD_PAIRS and is_aligned:
-        pairs = next_power_of_2(k)
-        width = min(HELD_ELEMENTS // pairs, max(64, next_power_of_2(d)))
-        blocks = {"LANES": lanes, "BP": pairs, "BD": width}
-        launch(_held_kernel, (n,), values, indices, *rest, num_warps=8, **blocks)
-    else:
-        # Left alone, ptxas settles at 80 or 96 registers and spills a few more.
-        blocks = {"LANES": lanes, "BP": 32, "BD": 128, "maxnreg": 128}
-        launch(_looped_kernel, (n,), values, indices, offsets, *rest, num_warps=4, **blocks)
-    return loss, x_hat, residual, grad_values, prefix_losses, suffixes
+    grad_values = launch_values_grad(parts, *code[1:], W_dec).mul_(-2)
+    if order is None:
+        return loss, x_hat, parts.to(dtype), grad_values, prefix_losses, parts.new_empty(0)
+    grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
+    suffixes = parts.view(n, n_prefixes, d).to(dtype)
+    return loss, x_hat, residual, grad_values.view(indices.shape), prefix_losses, suffixes
 
 
 @lru_cache(maxsize=16)
-def _on_device(
-    ends: tuple[int, ...], weights: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return prefixes and weights as tensors: copied to a device once, not at every step."""
-    return torch.tensor(ends, device=device), torch.tensor(weights, device=device)
+def _weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the prefixes' weights as a tensor: copied to a device once, not at every step."""
+    return torch.tensor(weights, device=device)
 
 
 def _decode_loss_by_torch(
@@ -383,8 +239,9 @@ def _by_first_prefix(
     Returns their order (p,) and the offsets (n·P + 1,) of the n·P bags.
     """
     tokens, flat = tokens_of_code(indices, offsets).reshape(-1), indices.reshape(-1)
-    bounds = torch.tensor(ends[:-1], device=flat.device)
-    bags = tokens * len(ends) + torch.searchsorted(bounds, flat, right=True)
+    bags = tokens * len(ends)
+    for end in ends[:-1]:  # a comparison each: a GPU would wait for a tensor of the ends
+        bags = bags + (flat >= end)
     segments = by_latent(bags.where(tokens < n, n * len(ends)), n * len(ends))
     return segments.order, segments.offsets
 

@@ -81,6 +81,8 @@ def _rescores(rescore: bool | None, x: Tensor) -> bool:
     return x.device.type == "cpu" if rescore is None else rescore
 
 
+# torch 2.11 counts the changes of what is mutated by its place: `scratch` has no default, or a call
+# without one would have no such place.
 @torch.library.custom_op("sae_kernels::encode_topk", mutates_args=("scratch",))
 def encode_rows(
     x: Tensor,
@@ -92,7 +94,7 @@ def encode_rows(
     chunk_tokens: int,
     dtype: torch.dtype,
     with_triton: bool,
-    scratch: Tensor | None = None,
+    scratch: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return values (n, k) of `dtype` and indices (n, k), `chunk_tokens` tokens at a time."""
     n = x.shape[0]
@@ -122,7 +124,7 @@ def _(
     chunk_tokens: int,
     dtype: torch.dtype,
     with_triton: bool,
-    scratch: Tensor | None = None,
+    scratch: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)

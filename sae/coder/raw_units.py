@@ -49,11 +49,11 @@ def fold_affine(
             diagonal (width). inverse: A⁻¹, like factor.
     """
     raw, sites = _copy(coder), coder.sites
-    device = coder.W_enc.device
     shift = torch.zeros(sites.width) if shift is None else shift
-    shift, factor, inverse = (part.to(device, torch.float64) for part in (shift, factor, inverse))
+    given = shift, factor, inverse
     if not coder.writes_what_it_reads:
-        return _fold_apart(coder, raw, shift, factor, inverse)
+        return _fold_apart(_copy(coder), raw, *(part.to("cpu", torch.float64) for part in given))
+    shift, factor, inverse = (part.to(coder.W_enc.device, torch.float64) for part in given)
     b_dec = coder.b_dec.double()
     raw.W_enc.copy_(_times(coder.W_enc, factor))
     raw.W_dec.copy_(_times(coder.W_dec, inverse))
@@ -74,7 +74,8 @@ def fold_affine(
 def _fold_apart(
     coder: SparseCoder, raw: SparseCoder, shift: Tensor, factor: Tensor, inverse: Tensor
 ) -> SparseCoder:
-    """Fill `raw` where other places are written than are read: b_dec is of these alone.
+    """Fill `raw` where other places are written than are read: b_dec is of these alone. All is in
+    CPU memory.
 
     b_enc ← b_enc − shift_in W_encᵀ;  W_skip ← A_out⁻¹ W_skip A_in, its share of the shift in b_dec.
     """

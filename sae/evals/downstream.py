@@ -174,7 +174,7 @@ def position_losses(
         "zero": untouched.zero,
         "mean": untouched.mean,
         "n": torch.ones_like(losses["clean"]),
-        "document_ids": contexts.document_ids.flatten()[counted],
+        "document_ids": contexts.document_ids.flatten().to(counted.device)[counted],
     }
 
 
@@ -186,7 +186,7 @@ def _untouched(batch: ModelBatch, contexts: Contexts) -> Untouched:
         first = rows[:, coder.columns()[0]]
         may_replace = may_replace & (first.float().norm(dim=1) <= batch.max_norm)
     counted = counted_positions(contexts, may_replace)
-    targets = contexts.tokens.flatten()[counted + 1]
+    targets = contexts.tokens.flatten().to(counted.device)[counted + 1]
 
     def ablated(values: Tensor) -> Tensor:
         parts = coder.by_place(values.to(rows.device, torch.float32))
@@ -208,7 +208,7 @@ def counted_positions(contexts: Contexts, may_replace: Tensor) -> Tensor:
     ids = contexts.document_ids
     has_target = torch.zeros_like(contexts.is_kept)
     has_target[:, :-1] = contexts.is_kept[:, 1:] & (ids[:, 1:] == ids[:, :-1])
-    return (has_target.flatten() & may_replace).nonzero().squeeze(1)
+    return (has_target.flatten().to(may_replace.device) & may_replace).nonzero().squeeze(1)
 
 
 def _vocabulary_size(module: torch.nn.Module) -> int:

@@ -35,7 +35,8 @@ class TokenDigest:
         numbers = mixed(document_ids) + tokens
         if not self.has_text:
             bits = x.float().contiguous().view(torch.int32).long()
-            numbers = numbers + bits @ _weights(x.shape[1], x.device)
+            # A sum of products: a GPU has no matmul of integers.
+            numbers = numbers + (bits * _weights(x.shape[1], x.device)).sum(-1)
         self._sum += mixed(numbers).sum().cpu()
 
     def merge(self, other: TokenDigest) -> None:

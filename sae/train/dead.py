@@ -48,7 +48,8 @@ class DeadLatents:
         The number may be a scalar on the device: a captured step replays the read of it.
         """
         counts = firings(code, len(self.last_fired_at))
-        self.last_fired_at.masked_fill_(counts > 0, tokens_seen)
+        # Not masked_fill_, which on a GPU waits for the number.
+        self.last_fired_at.copy_(torch.where(counts > 0, tokens_seen, self.last_fired_at))
         if self.counts is not None:
             self.counts.add_(counts)
 

@@ -385,3 +385,23 @@ def test_check_finite(bad: float) -> None:
         batch_topk(x, 1, check_finite=True)
     batch_topk(x, 1)
     batch_topk(torch.zeros(2, 3), 1, check_finite=True)
+
+
+# ---- at the sizes of dictionaries, whose tiles the interpreter would take minutes for
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "width", "k"),
+    [(1024, 4096, 60), (1024, 4096, 25), (512, 24_576, 32), (64, 131_072, 64), (700, 1000, 3)],
+)
+def test_triton_is_exact_at_real_sizes(n: int, width: int, k: int, dtype, generator) -> None:
+    x = torch.randn(n, width, generator=generator).to(DEVICE, dtype)
+    found, threshold = batch_topk(x, n * k, impl="triton")
+    expected, expected_threshold = batch_topk(x, n * k, impl="reference")
+    assert threshold == expected_threshold
+    assert torch.equal(found.offsets, expected.offsets)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.values, expected.values)

@@ -403,7 +403,7 @@ def test_opcheck(with_triton: bool, generator) -> None:
         (W_enc.to(half), b_dec, half),  # a shadow
     ]:
         options = 3, True, 4, dtype, with_triton
-        torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options))
+        torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options, None))
         scratch = torch.empty(4, 30, dtype=dtype, device=DEVICE)
         torch.library.opcheck(encode.encode_rows, (x, weight, b_enc, bias, *options, scratch))
 

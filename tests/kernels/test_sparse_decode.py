@@ -166,6 +166,8 @@ def test_gradients_are_bitwise_reproducible(generator) -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(with_triton: bool, ragged: bool, dtype, generator) -> None:
+    if DEVICE == "cuda" and dtype == torch.bfloat16 and not with_triton:
+        pytest.skip("torch's embedding_bag has no gradient in bfloat16 on a GPU")
     case = Case(n=4, d=6, d_sae=9, k=2)
     inputs, indices = draw(case, generator)
     code = {"indices": indices, "offsets": None}
@@ -217,8 +219,9 @@ def test_dtype_device_and_impl_errors() -> None:
         sae_kernels.sparse_decode(values, indices, W_dec.long())
     with pytest.raises(ValueError, match=r"must share one device; got .*W_dec on meta"):
         sae_kernels.sparse_decode(values, indices, W_dec.to("meta"))
+    values, indices, W_dec = values.double().to(DEVICE), indices.to(DEVICE), W_dec.double()
     with pytest.raises(RuntimeError, match=r"`sparse_decode` with impl='triton' .*float64 is not"):
-        sae_kernels.sparse_decode(values.double(), indices, W_dec.double(), impl="triton")
+        sae_kernels.sparse_decode(values, indices, W_dec.to(DEVICE), impl="triton")
 
 
 def test_triton_without_a_gpu_is_refused(monkeypatch) -> None:

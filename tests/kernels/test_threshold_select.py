@@ -570,7 +570,7 @@ def test_errors_of_tensors() -> None:
         threshold_select(x, theta.to("meta"))
     if HAS_TRITON:
         with pytest.raises(RuntimeError, match=r"`threshold_select` with impl='triton'.*float64"):
-            threshold_select(x.double(), theta, impl="triton")
+            threshold_select(x.double().to(DEVICE), theta.to(DEVICE), impl="triton")
 
 
 def test_finiteness_is_checked_when_asked() -> None:

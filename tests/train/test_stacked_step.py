@@ -177,6 +177,7 @@ def meta_state(cfg: sae.Config, source: Any) -> TrainState:
     )
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_a_captured_stacked_step_is_the_step(activations: Tensor):
     """Replayed as a CUDA graph, over changing lists of dead latents, it trains the same coders."""

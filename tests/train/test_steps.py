@@ -396,6 +396,7 @@ def test_no_step_reads_from_the_device(monkeypatch: pytest.MonkeyPatch, settings
     assert "_update_kernel" in names
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_a_captured_step_is_the_step(activations: Tensor):
     """Replayed as a CUDA graph, over a changing list of dead latents, it trains the same coder."""
@@ -435,11 +436,12 @@ OF_EVERY_KIND = {
     },
     "relu": {"coder.activation": "relu", "coder.sparsity_loss": "tanh"},
     "gated": {"coder.activation": "gated"},
-    "matching pursuit": {"coder.activation": "matching_pursuit"},
+    "matching pursuit": {"coder.activation": "matching_pursuit", "coder.k_aux": None},
     "bf16": {"train.mixed_precision": "bf16", **MANY_DEAD},
 }
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("settings", OF_EVERY_KIND.values(), ids=OF_EVERY_KIND.keys())
 def test_a_captured_autograd_step_is_the_step(activations: Tensor, settings: dict):

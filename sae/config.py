@@ -781,7 +781,12 @@ class TrainConfig:
     """Share of the steps, at the end, that train with the model's loss; 1 trains end to end."""
 
     model_loss_weight: float | None = None
-    """Weight of the model's loss; None: what makes it pull at x_hat as the reconstruction does."""
+    """Weight of the model's loss; None: what makes it pull at x_hat `model_loss_pull` times as hard
+    as the reconstruction does."""
+
+    model_loss_pull: float = 4.0
+    """How hard the model's loss pulls at x_hat where it has no weight of its own, as a multiple of
+    the reconstruction's pull at the same tokens."""
 
     model_loss_contexts: int = 8
     """Contexts on which a process takes the model's loss in one step, beside the step's batch."""
@@ -869,6 +874,7 @@ class TrainConfig:
             "k_start",
             "p_end",
             "model_loss_weight",
+            "model_loss_pull",
             "model_loss_contexts",
             "resample_every_tokens",
             "resample_until_fraction",

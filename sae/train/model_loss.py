@@ -5,8 +5,8 @@ x_hat stands in place of y at every token that counts (`evals.replacing`):
     kl = mean over counted positions of KL(p ‖ q)      ce = mean of −log q(next token)
 It is added to a step's other losses, on contexts of its own, in the last `model_loss_fraction` of
 the steps: 1 trains end to end, a small share fine-tunes what reconstruction found. Without a
-`model_loss_weight` it pulls as hard at x_hat as the reconstruction of the same tokens does: its
-factor is ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held constant.
+`model_loss_weight` it pulls `model_loss_pull` times as hard at x_hat as the reconstruction of the
+same tokens does: its factor is pull · ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held constant.
 Source: Braun et al. 2024 (arXiv 2405.12241), end-to-end dictionaries; Karvonen 2025 (arXiv
 2503.17272), KL and MSE in a short fine-tuning. There losses are made equal, not gradients; here
 that made both worse, as Adam's second moments know only the smaller gradients before (docs/log.md).
@@ -86,7 +86,8 @@ class ModelLoss:
             weighted = self.cfg.model_loss_weight * loss
             return Added(weighted, weighted.detach(), loss.detach())
         residual = x_hat.detach() - sites.written(x)
-        return _balanced(loss, x_hat, 2 / (max(len(x), 1) * calibration.variance) * residual)
+        scale = 2 * self.cfg.model_loss_pull / (max(len(x), 1) * calibration.variance)
+        return _balanced(loss, x_hat, scale * residual)
 
     def _loss(self, clean: Tensor, logits: Tensor, contexts: Contexts, counted: Tensor) -> Tensor:
         """Return kl or ce over the counted positions; 0 where none counts."""

@@ -58,10 +58,7 @@ def test_two_ranks_resume_exactly(tiny_config: Path, tmp_path: Path):
     odd += ["--train.dead_after_tokens", "256", "--train.dead_refresh_steps", "4"]
     whole = tmp_path / "whole"
     assert torchrun("scripts/train.py", tiny_config, *odd, "--run.folder", whole).returncode == 0
-    folder = tiny_config.parent / "run"
-    assert torchrun("scripts/train.py", tiny_config, *odd).returncode == 0
-    shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
-    shutil.rmtree(folder / "final")
+    folder = killed_copy(whole, tiny_config.parent / "run")
     flags = [*odd, "--train.resume", "auto"]
     assert torchrun("scripts/train.py", tiny_config, *flags).returncode == 0
     assert torch.equal(sae.load(whole).W_enc, sae.load(folder).W_enc)
@@ -87,12 +84,11 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
     flags += ["--coder.k_aux", "0", "--stream.lanes", "2"]
     whole, folder = tmp_path / "whole", tiny_config.parent / "run"
     assert torchrun("scripts/train.py", tiny_config, *flags, "--run.folder", whole).returncode == 0
-    for first, then in ((torchrun, on_one), (on_one, torchrun)):
+    alone = tmp_path / "alone"
+    assert on_one("scripts/train.py", tiny_config, *flags, "--run.folder", alone).returncode == 0
+    for begun, then in ((whole, on_one), (alone, torchrun)):
         shutil.rmtree(folder, ignore_errors=True)
-        done = first("scripts/train.py", tiny_config, *flags)
-        assert done.returncode == 0, done.stderr
-        shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
-        shutil.rmtree(folder / "final")
+        killed_copy(begun, folder)
         # Two processes need not be told the lanes of the run.
         again = flags[:-2] if then is torchrun else flags
         done = then("scripts/train.py", tiny_config, *again, "--train.resume", "auto")
@@ -102,6 +98,14 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
         for one, other in rows:
             assert one["fvu"] == pytest.approx(other["fvu"], rel=1e-4)
             assert one["dead_share"] == other["dead_share"]
+
+
+def killed_copy(run: Path, folder: Path) -> Path:
+    """Copy a finished run to `folder`, as if it had been killed there before its last checkpoint."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
+    shutil.rmtree(folder / "final")
+    return folder
 
 
 def on_one(_script: str, *arguments: object) -> subprocess.CompletedProcess[str]:

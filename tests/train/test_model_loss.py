@@ -143,11 +143,12 @@ def test_a_run_is_trained_by_it_at_its_end(kind: str, tiny_config: Path):
     assert found[0.5] < 0.95 * found[0.0], found
 
 
-def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(tiny_config: Path):
+@pytest.mark.parametrize("times", [1.0, 4.0])
+def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(times: float, tiny_config: Path):
     """The gradient of b_dec is the sum of x_hat's: in the direction of kl's, of another length."""
     gradients, adds = {}, {}
     for weight in (None, 2.0):
-        cfg = configured(tiny_config, **{"train.model_loss": "kl"})
+        cfg = configured(tiny_config, **{"train.model_loss": "kl", "train.model_loss_pull": times})
         cfg = replace(cfg, train=replace(cfg.train, model_loss_weight=weight))
         loss, coder, calibration = end_to_end(cfg, torch.float32)
         seen: list[torch.Tensor] = []
@@ -164,7 +165,7 @@ def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(tiny_config: Path
         adds[weight] = loss(coder, calibration, StepValues.fixed(coder.cfg), loss.first)
         adds[weight].differentiable.backward()
         x_hat, x, *_, gradients[weight] = seen
-    pull = (2 / len(x) * (x_hat - x) / calibration.variance).norm()
+    pull = (2 * times / len(x) * (x_hat - x) / calibration.variance).norm()
     torch.testing.assert_close(gradients[None].norm(), pull)
     cosine = torch.nn.functional.cosine_similarity
     assert cosine(gradients[None].flatten(), gradients[2.0].flatten(), 0) > 0.999

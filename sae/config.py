@@ -788,6 +788,10 @@ class TrainConfig:
     """How hard the model's loss pulls at x_hat where it has no weight of its own, as a multiple of
     the reconstruction's pull at the same tokens."""
 
+    model_loss_lr_share: float = 0.125
+    """Learning rate of the first step with the model's loss, from where it falls linearly to 0, as
+    a share of lr; where all steps have that loss, they have the usual schedule."""
+
     model_loss_contexts: int = 8
     """Contexts on which a process takes the model's loss in one step, beside the step's batch."""
 
@@ -875,6 +879,7 @@ class TrainConfig:
             "p_end",
             "model_loss_weight",
             "model_loss_pull",
+            "model_loss_lr_share",
             "model_loss_contexts",
             "resample_every_tokens",
             "resample_until_fraction",

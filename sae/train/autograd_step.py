@@ -108,6 +108,9 @@ class AutogradStep:
         project_decoder_gradient_(coder)
         if self.cfg.train.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(coder.parameters(), self.cfg.train.grad_clip_norm)
+        model_loss = self.state.model_loss
+        if model_loss is not None:
+            number = model_loss.number_of(self.state.step)
         self.state.optimiser.step_(coder, lr, number)
         coder.zero_grad(set_to_none=True)
         if not self.cfg.train.freeze_decoder:
@@ -122,6 +125,7 @@ class AutogradStep:
         if not model_loss.is_due(state.step):
             none = torch.zeros((), device=state.coder.b_dec.device)
             return none, none
+        model_loss.begin_(state.optimiser, state.step)
         added = model_loss(state.coder, state.calibration, values, state.step)
         added.differentiable.backward()
         return added.weighted, added.plain

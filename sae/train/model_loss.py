@@ -9,7 +9,9 @@ the steps: 1 trains end to end, a small share fine-tunes what reconstruction fou
 same tokens does: its factor is pull · ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held constant.
 Source: Braun et al. 2024 (arXiv 2405.12241), end-to-end dictionaries; Karvonen 2025 (arXiv
 2503.17272), KL and MSE in a short fine-tuning. There losses are made equal, not gradients; here
-that made both worse, as Adam's second moments know only the smaller gradients before (docs/log.md).
+that made both worse, as Adam's second moments know only the smaller gradients before. So a
+fine-tuning comes behind the whole schedule of the learning rate, has a small one of its own
+(`schedule.lr_at`) and begins with no moments (docs/log.md has what each of these is worth).
 
 The contexts of a step are a function of its number: a run that goes on reads past those before it.
 They come in an order of their own: the activations of a run are those of the first documents in its
@@ -30,6 +32,7 @@ from sae.evals.downstream import counted_positions
 from sae.evals.replacing import Places, clean_pass, logits_of, replaced
 from sae.stream.contexts import Contexts
 from sae.stream.opening import OpenedModel
+from sae.train.optimisers import Optimiser
 from sae.train.schedule import first_with_model_loss
 from sae.train.state import Calibration
 
@@ -57,6 +60,7 @@ class ModelLoss:
         self.cfg, self.lm = cfg.train, opened.lm
         self.places = Places(opened.hookpoints, opened.targets, opened.other)
         self.first = first_with_model_loss(cfg.train)
+        self._forgets = cfg.train.optimizer != "signum"  # whose tensors are the dictionary
         self._contexts = opened.contexts(
             "train", rank=rank, world_size=world_size, seed=cfg.run.seed + SEED_OF_TEXT
         )
@@ -65,6 +69,17 @@ class ModelLoss:
     def is_due(self, step: int) -> bool:
         """Say whether the step with 0-based index `step` trains with it."""
         return step >= self.first
+
+    def begin_(self, optimiser: Optimiser, step: int) -> None:
+        """Let a fine-tuning begin with no moments: those of the steps before know other gradients,
+        and are too slow to forget them."""
+        if step == self.first > 0 and self._forgets:
+            for tensor in optimiser.tensors().values():
+                tensor.zero_()
+
+    def number_of(self, step: int) -> int:
+        """Return the optimiser's number, from 1, of the step with 0-based index `step`."""
+        return step + 1 - (self.first if self.is_due(step) and self._forgets else 0)
 
     def __call__(
         self, coder: SparseCoder, calibration: Calibration, values: StepValues, step: int

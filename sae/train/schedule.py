@@ -42,9 +42,15 @@ def derived_lr(d_sae: int, steps: int, optimizer: OptimizerName = "adam") -> flo
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:
-    """Return the learning rate of the step with 0-based index `step`: rise, hold, fall."""
+    """Return the learning rate of the step with 0-based index `step`: rise, hold, fall.
+
+    A fine-tuning by the model's loss comes behind that, and falls from a rate of its own.
+    """
     assert cfg.lr is not None, "resolve the configuration first"
-    steps = n_steps(cfg)
+    steps = first_of_fine_tuning(cfg)
+    if step >= steps:
+        left = (n_steps(cfg) - step) / (n_steps(cfg) - steps)
+        return cfg.lr * cfg.model_loss_lr_share * left
     warmup, decay = cfg.warmup_fraction * steps, cfg.decay_fraction * steps
     rising = (step + 1) / warmup if warmup >= 1 else 1.0
     left = (steps - step) / decay if decay >= 1 else 1.0
@@ -97,6 +103,13 @@ def first_with_model_loss(cfg: TrainConfig) -> int:
     """Return the 0-based index of the first step with a model's loss; behind the last: none."""
     share = 0.0 if cfg.model_loss == "none" else cfg.model_loss_fraction
     return n_steps(cfg) - round(share * n_steps(cfg))
+
+
+def first_of_fine_tuning(cfg: TrainConfig) -> int:
+    """Return the 0-based index of the first step that fine-tunes by a model's loss what steps
+    without it have found; behind the last: there is none."""
+    first = first_with_model_loss(cfg)
+    return first if first > 0 else n_steps(cfg)
 
 
 def reconstruction_at(step: int, cfg: TrainConfig) -> float:

@@ -132,6 +132,7 @@ def test_a_run_is_trained_by_it_at_its_end(kind: str, tiny_config: Path):
             "train.model_loss_weight": WEIGHTS[kind],
             "train.lr": 5e-3,
             "train.decay_fraction": 0.0,
+            "train.model_loss_lr_share": 2.0,
         }
         more |= {"run.folder": str(tiny_config.parent / f"run{fraction}"), **SITES[kind]}
         folder = run(configured(tiny_config, **more))
@@ -173,6 +174,28 @@ def test_balanced_it_pulls_at_x_hat_as_the_reconstruction_does(times: float, tin
     torch.testing.assert_close(adds[2.0].weighted, 2 * adds[2.0].plain)
     factor = gradients[None].norm() / gradients[2.0].norm() * 2
     torch.testing.assert_close(adds[None].weighted, factor * adds[None].plain)
+
+
+@pytest.mark.filterwarnings("ignore:The fused training step")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_fine_tuning_begins_without_moments(
+    optimizer: str, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its first step is that of a fresh optimiser at the weights found so far."""
+    seen: list[tuple[int, float]] = []
+    honest = ModelLoss.begin_
+
+    def begin_(self: ModelLoss, optimiser: Any, step: int) -> None:
+        honest(self, optimiser, step)
+        norm = sum(float(t.float().abs().sum()) for t in optimiser.tensors().values())
+        seen.append((self.number_of(step), norm))
+
+    monkeypatch.setattr(ModelLoss, "begin_", begin_)
+    more = {"train.model_loss": "kl", "train.model_loss_fraction": 0.25}
+    run(configured(tiny_config, **more, **{"train.optimizer": optimizer, "train.step": "autograd"}))
+    assert [number for number, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[0][1] == 0
+    assert all(norm > 0 for _, norm in seen[1:])
 
 
 def test_its_documents_come_in_an_order_of_their_own(tiny_config: Path):

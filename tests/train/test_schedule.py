@@ -97,3 +97,15 @@ def test_without_schedules_the_values_are_the_configuration_s():
     cfg = Config(coder=CoderConfig(d_sae=64, k=4, prefixes=(8,)), train=CFG)
     for step in (0, 1, 50, 99):
         assert values_at(step, cfg) == StepValues(k=4, prefixes=(8, 64))
+
+
+def test_a_fine_tuning_has_a_rate_of_its_own_behind_the_usual_schedule():
+    cfg = replace(CFG, tokens=1250, model_loss="kl", model_loss_fraction=0.2)
+    cfg = replace(cfg, model_loss_lr_share=0.1)
+    rates = [lr_at(step, cfg) for step in range(n_steps(cfg))]
+    assert rates[:100] == [lr_at(step, CFG) for step in range(100)]
+    assert rates[100:] == pytest.approx([0.2 * (125 - s) / 25 for s in range(100, 125)])
+    whole = replace(cfg, model_loss_fraction=1.0)
+    assert [lr_at(step, whole) for step in range(125)] == [
+        lr_at(step, replace(whole, model_loss="none")) for step in range(125)
+    ]

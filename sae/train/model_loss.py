@@ -6,7 +6,8 @@ x_hat stands in place of y at every token that counts (`evals.replacing`):
 It is added to a step's other losses, on contexts of its own, in the last `model_loss_fraction` of
 the steps: 1 trains end to end, a small share fine-tunes what reconstruction found. Without a
 `model_loss_weight` it pulls `model_loss_pull` times as hard at x_hat as the reconstruction of the
-same tokens does: its factor is pull · ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held constant.
+same tokens does: its factor is pull · ‖d reconstruction / d x_hat‖ / ‖d kl / d x_hat‖, held
+constant.
 Source: Braun et al. 2024 (arXiv 2405.12241), end-to-end dictionaries; Karvonen 2025 (arXiv
 2503.17272), KL and MSE in a short fine-tuning. There losses are made equal, not gradients; here
 that made both worse, as Adam's second moments know only the smaller gradients before. So a

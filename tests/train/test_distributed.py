@@ -101,7 +101,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
 
 
 def killed_copy(run: Path, folder: Path) -> Path:
-    """Copy a finished run to `folder`, as if it had been killed there before its last checkpoint."""
+    """Copy a finished run to `folder`, as if killed there before its last checkpoint."""
     shutil.copytree(run, folder)
     shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
     shutil.rmtree(folder / "final")

@@ -70,6 +70,34 @@ def test_report_writes_one_file(finished_run: Path, capsys: pytest.CaptureFixtur
     assert (finished_run / "features.safetensors").exists()
 
 
+def test_eval_of_a_hub_id_downloads_the_dictionary_and_writes_here(
+    finished_run: Path,
+    tmp_path: Path,
+    tiny_text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """The hub is a stand-in: it hands out the run's dictionary under a folder's name."""
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, ignore_patterns))
+        shutil.copytree(finished_run / "final", tmp_path / "snapshot" / "layer_1")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = ("--data.source", str(tiny_text_file), "--data.held_out_fraction", "0.2")
+    main(["eval", "owner/saes/layer_1", *text, "--evals", "sparsity", "--eval.tokens", "300"])
+    ((name, wanted, left_out),) = asked
+    assert (name, wanted) == ("owner/saes", ["layer_1/*"])
+    assert "*.pt" in left_out  # pickles are never fetched
+    found = json.loads((tmp_path / "here" / "results.json").read_text())
+    assert found["metrics"]["l0"] == pytest.approx(4, abs=0.5)
+    assert "Written to results.json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -124,9 +124,7 @@ class Company:
         truth = None if self._world is None else truth_of(ready, self._world, self._pairs)
         setup = replace(self._setup, d_sae=ready.d_sae, truth=truth, coder=ready)
         evals: dict[EvalName, Accumulator] = {n: EVALS[n].make(setup) for n in self._names}
-        if capture is None:
-            return Walk(ready, evals)
-        return Walk(ready, evals, capture.lm, capture.places)
+        return Walk(ready, evals, capture)
 
     def _make_nulls(self) -> None:
         inputs, names = self._inputs(), self._to_make

@@ -7,8 +7,10 @@ larger than training's holds none that training saw, whatever else is read besid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from sae.config import Config
 from sae.evals.company import as_null, require_one_process
@@ -49,14 +51,15 @@ def evaluate_held_out(
         checked_names(cfg.eval.evals)
     nulls, twins = names_and_twins(cfg, coder)
     require_one_process(Ranks.here(), (*nulls, *twins))
-    about: dict[str, Any] = {"settings": settings_of(cfg)}
+    asked = _Asked(cfg, nulls, twins, tell, {"settings": settings_of(cfg)}, before, keep)
     if cfg.world.name:
-        return _on_world(coder, cfg, nulls, twins, tell, about, before, keep)
-    about["documents"] = documents_of(coder.metadata, cfg)
+        return _on_world(coder, asked)
+    documents = documents_of(coder.metadata, cfg)
     names = chosen_names(cfg.eval.evals, ALL_BUT_WORLD)
     before = with_nulls(before, names, (*nulls, *twins)) or NOTHING
     beside = {name: twin for name, twin in twins.items() if twin.model == cfg.model}
-    found = _on_text(coder, cfg, nulls, beside, tell, about, before, keep)
+    about = {**asked.about, "documents": documents}
+    found = _on_text(coder, replace(asked, twins=beside, about=about, before=before))
     of_other_models = {
         name: twin
         for name, twin in twins.items()
@@ -68,21 +71,42 @@ def evaluate_held_out(
     return replace(found, nulls={**found.nulls, **measured})
 
 
-def _on_text(
-    coder: Any,
-    cfg: Config,
-    nulls: tuple[str, ...],
-    twins: Mapping[str, Twin],
-    tell: Tell,
-    about: Mapping[str, Any],
-    before: EvalResults = NOTHING,
-    keep: Keep = lambda _: None,
-) -> EvalResults:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a dictionary on text as on a world."""
+
+    cfg: Config
+    nulls: tuple[str, ...]
+    twins: Mapping[str, Twin]
+    tell: Tell
+    about: Mapping[str, Any]
+    before: EvalResults = NOTHING
+    keep: Keep = lambda _: None
+
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """Return the arguments that `evaluate` and `evaluate_on_world` share."""
+        settings = self.cfg.eval
+        return {
+            "seed": settings.seed,
+            "names": settings.evals,
+            "settings": settings,
+            "nulls": self.nulls,
+            "twins": {name: twin.coder.to(device) for name, twin in self.twins.items()},
+            "tell": self.tell,
+            "about": self.about,
+            "before": self.before,
+            "keep": self.keep,
+        }
+
+
+def _on_text(coder: Any, asked: _Asked) -> EvalResults:
+    cfg = asked.cfg
     alike = replace(cfg, run=replace(cfg.run, seed=cfg.eval.seed))
     with first_goes_first():
         opened = open_model(alike, pick_device(cfg.run.device))
     if cfg.coder.site == "sae":
         require_single(opened.hookpoints)
+    about = {**asked.about, "reinitialised": cfg.model.reinitialised}
     return evaluate(
         coder.to(opened.lm.device),
         opened.held_out(),
@@ -90,18 +114,10 @@ def _on_text(
         hookpoint=opened.hookpoints,
         target=opened.targets or None,
         other=opened.other,
-        names=cfg.eval.evals,
         tokens=cfg.eval.tokens,
         downstream_tokens=cfg.eval.downstream_tokens,
         max_norm=coder.metadata.get("max_norm"),
-        seed=cfg.eval.seed,
-        settings=cfg.eval,
-        nulls=nulls,
-        twins={name: twin.coder.to(opened.lm.device) for name, twin in twins.items()},
-        tell=tell,
-        about={**about, "reinitialised": cfg.model.reinitialised},
-        before=before,
-        keep=keep,
+        **replace(asked, about=about).on(opened.lm.device),
     )
 
 
@@ -110,7 +126,7 @@ def _null_on_text(name: str, twin: Twin, cfg: Config, tell: Tell) -> NullResult:
     names = chosen_names(cfg.eval.evals, ALL_BUT_WORLD)
     wanted, left_out = evals_of_nulls(names, cfg.eval)
     cfg = replace(cfg, model=twin.model, eval=replace(cfg.eval, evals=wanted))
-    return as_null(name, _on_text(twin.coder, cfg, (), {}, tell, {}), left_out)
+    return as_null(name, _on_text(twin.coder, _Asked(cfg, (), {}, tell, {})), left_out)
 
 
 def documents_of(metadata: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
@@ -141,28 +157,8 @@ def documents_of(metadata: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
     }
 
 
-def _on_world(
-    coder: Any,
-    cfg: Config,
-    nulls: tuple[str, ...],
-    twins: Mapping[str, Twin],
-    tell: Tell,
-    about: Mapping[str, Any],
-    before: EvalResults,
-    keep: Keep,
-) -> EvalResults:
+def _on_world(coder: Any, asked: _Asked) -> EvalResults:
+    cfg = asked.cfg
     device = pick_device(cfg.run.device)
-    return evaluate_on_world(
-        coder.to(device),
-        make_world(cfg.world, device),
-        cfg.eval.tokens,
-        seed=cfg.eval.seed,
-        names=cfg.eval.evals,
-        settings=cfg.eval,
-        nulls=nulls,
-        twins={name: twin.coder.to(device) for name, twin in twins.items()},
-        tell=tell,
-        about=about,
-        before=before,
-        keep=keep,
-    )
+    world = make_world(cfg.world, device)
+    return evaluate_on_world(coder.to(device), world, cfg.eval.tokens, **asked.on(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,22 +13,23 @@ from sae.config import EvalConfig, EvalName
 from sae.evals.company import Company, require_one_process
 from sae.evals.evaluable import Evaluable
 from sae.evals.fingerprint import dictionary_digest
-from sae.evals.finishing import Clock, Evals, Finishing, Keep
+from sae.evals.finishing import Clock, Finishing, Keep
 from sae.evals.interface import EvalSetup, Reads
 from sae.evals.provenance import versions
 from sae.evals.ranks import Ranks
 from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalResults, plain_json
 from sae.evals.resuming import with_nulls
-from sae.evals.run import Shared, Tell, start_evals
+from sae.evals.run import Tell, start_evals
+from sae.evals.shared import Shared
 from sae.evals.truth import (
     BLOCK_ROWS,
-    TruthBatch,
     as_contexts,
     family_pairs,
     frequent_features,
     truth_of,
 )
+from sae.evals.walk import ON_ROWS, Walk
 from sae.worlds.seeds import evaluation_generator
 
 if TYPE_CHECKING:
@@ -90,48 +91,23 @@ def evaluate_on_world(
     settings = settings or EvalConfig()
     setup = EvalSetup(ready.d_out, ready.d_sae, seed, n_resamples, truth, ready, settings)
     company = Company(setup, left, world=world, pairs=pairs, nulls=nulls, twins=twins)
-    on_weights = start_evals(left, "weights", setup)
-    evals = start_evals(left, "activations", setup) | start_evals(left, "world", setup)
-    walk = _Walk(ready, evals, Shared(ready.d_in), clock)
+    shared = Shared(ready.d_in)
+    walk = Walk(ready, start_evals(left, ON_ROWS, setup), clock=clock, shared=shared)
     generator = evaluation_generator(seed, world.directions.device)
     for number, start in enumerate(range(0, n_rows, BLOCK_ROWS)):
         n = min(BLOCK_ROWS, n_rows - start)
         with clock.timed("world"):
-            sample = world.sample(n, generator)
+            contexts = as_contexts(world.sample(n, generator), start)
         if ranks.takes(number):
-            walk.add(sample.x, sample.codes, start)
-        company.add(as_contexts(sample, start))
+            walk.add(contexts)
+        company.add(contexts)
         tell("rows", start + n, n_rows)
+    walk.finish()
     company.finish()
-    shared = walk.shared.over(ranks)
+    shared = shared.over(ranks)
     origin = _origin(ready, shared, clock, world, setup) | dict(about or {})
-    finishing.finish(on_weights | evals, origin, shared.arrays())
+    finishing.finish(start_evals(left, ("weights",), setup) | walk.evals, origin, shared.arrays())
     return replace(finishing.results, nulls={**finishing.results.nulls, **company.results()})
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """Rows on their way through coder and evals."""
-
-    coder: Evaluable
-    evals: Evals
-    shared: Shared
-    clock: Clock
-
-    def add(self, x: Tensor, codes: Tensor, first: int) -> None:
-        """Feed rows x (n, d_in) with codes (n, n_features), numbered from `first`."""
-        numbers = torch.arange(first, first + len(x), device=x.device)
-        for rows in self.coder.chunks(len(x)):
-            if hasattr(self.coder.coder, "see"):
-                self.coder.coder.see(codes[rows])
-            with self.clock.timed("coder"):
-                latents, x_hat = self.coder.encode_decode(x[rows])
-            tokens = torch.zeros_like(numbers[rows])
-            batch = TruthBatch(x[rows], x_hat, latents, tokens, numbers[rows], codes[rows])
-            self.shared.update(batch)
-            for name, accumulator in self.evals.items():
-                with self.clock.timed(name):
-                    accumulator.update(batch)
 
 
 def _wanted_names(names: Iterable[str] | None) -> tuple[EvalName, ...]:

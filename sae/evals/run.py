@@ -1,9 +1,10 @@
 """Evaluate a coder: feed every accumulator once, then compute.
 
-The activations of the contexts pass once through all evals that read activations, with their mean
-and L0 on the side. Evals that run the model itself follow, on the first of the same contexts: mean
-ablation needs that mean. What is evaluated, and up to which token, is in `inputs`; how several
-processes share it, in `ranks`; how evals that finished are kept, in `finishing`.
+The activations of the contexts pass once through all evals that read activations (`walk`), with
+their mean and L0 on the side (`shared`). Evals that run the model itself follow, on the first of
+the same contexts: mean ablation needs that mean. What is evaluated, and up to which token, is in
+`inputs`; how several processes share it, in `ranks`; how evals that finished are kept, in
+`finishing`.
 """
 
 from __future__ import annotations
@@ -15,32 +16,23 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from sae.coder.latents import Latents, joined
 from sae.config import EvalConfig, EvalName
 from sae.evals.company import Company, require_one_process
 from sae.evals.evaluable import Evaluable
-from sae.evals.fingerprint import TokenDigest, dictionary_digest
+from sae.evals.fingerprint import dictionary_digest
 from sae.evals.finishing import Clock, Evals, Finishing, Keep
 from sae.evals.inputs import Capture, ContextQueue, Where, limited
-from sae.evals.interface import (
-    Accumulator,
-    ContextBatch,
-    EvalBatch,
-    EvalSetup,
-    ModelBatch,
-    Reads,
-    Seen,
-)
+from sae.evals.interface import Accumulator, EvalSetup, ModelBatch, Reads
 from sae.evals.probing.reading import labelled_batches
 from sae.evals.provenance import versions
 from sae.evals.ranks import Ranks
 from sae.evals.registry import EVALS, chosen_names
 from sae.evals.results import EvalResults, plain_json
 from sae.evals.resuming import with_nulls
-from sae.stream.contexts import CapturedContexts, Contexts
-from sae.stream.source import require_finite
+from sae.evals.shared import Shared
+from sae.evals.walk import WALKED, Walk
+from sae.stream.contexts import Contexts
 
 if TYPE_CHECKING:
     from sae.evals.probing.labelled import LabelledTexts
@@ -117,34 +109,31 @@ def evaluate(
     finishing = Finishing(clock, ranks, with_nulls(before, names, beside), keep)
     left = finishing.left(names)
     company = Company(setup, left, capture, nulls=nulls, twins=twins)
-    on_weights = start_evals(left, "weights", setup)
-    on_activations = start_evals(left, "activations", setup)
-    on_contexts = start_evals(left, "contexts", setup)
-    on_model = start_evals(left, "model", setup)
-    on_labelled = start_evals(left, "labelled", setup)
+    if not left:
+        return finishing.results
+    shared = Shared(ready.d_out, has_text=lm is not None)
+    walk = Walk(ready, start_evals(left, WALKED, setup), capture, clock=clock, shared=shared)
+    on_model = start_evals(left, ("model",), setup)
 
     n_model_tokens = (tokens if downstream_tokens is None else downstream_tokens) if on_model else 0
     queue = ContextQueue(n_model_tokens)
-    shared = Shared(ready.d_out, has_text=lm is not None)
-    wanted = tokens if on_activations or on_contexts or before else n_model_tokens
-    for number, batch in enumerate(limited(contexts, wanted) if left else ()):
+    wanted = tokens if walk.evals or before else n_model_tokens
+    for number, batch in enumerate(limited(contexts, wanted)):
         queue.add(batch)
         if not ranks.takes(number):
             continue
         with clock.timed("capture"):
             captured = capture(batch)
-        latents = _update(shared, on_activations, captured, ready, capture.place, clock)
-        _update_on_contexts(on_contexts, captured, latents, capture, clock)
+        walk.add(captured)
         company.add(captured)
         tell("activations", _of_all(shared.seen.n_tokens, ranks, wanted), wanted)
-    if not left:
-        return finishing.results
+    walk.finish()
+    company.finish()
     shared = shared.over(ranks)
     shared.require_tokens()
-    company.finish()
 
     origin = _origin(ready, capture, shared, setup, clock) | dict(about or {})
-    finishing.finish(on_weights | on_activations | on_contexts, origin, shared.arrays())
+    finishing.finish(start_evals(left, ("weights",), setup) | walk.evals, origin, shared.arrays())
     if lm is not None and capture.places is not None:
         at_places = partial(ModelBatch, ready, lm, capture.places)
         make_batch = partial(at_places, mean=shared.mean, max_norm=max_norm)
@@ -152,60 +141,11 @@ def evaluate(
             feed = partial(company.run_model, name, accumulator, make_batch)
             _run_on_model(name, feed, queue, ranks, clock, tell)
             finishing.finish({name: accumulator}, origin, shared.arrays())
-        for name, accumulator in on_labelled.items():
+        for name, accumulator in start_evals(left, ("labelled",), setup).items():
             if ranks.is_first:
-                _run_on_labelled(
-                    name, accumulator, capture, ready, settings.probe_context_tokens, clock, tell
-                )
+                _run_on_labelled(name, accumulator, capture, walk, settings, tell)
             finishing.finish({name: accumulator}, origin, shared.arrays(), is_shared=False)
     return replace(finishing.results, nulls={**finishing.results.nulls, **company.results()})
-
-
-class Shared:
-    """What every result carries: the tokens seen, their mean activation (d_in), their L0."""
-
-    def __init__(self, d_in: int, has_text: bool = False) -> None:
-        self.seen, self.digest = Seen(), TokenDigest(has_text)
-        self._sum = torch.zeros(d_in, dtype=torch.float64)
-        self._n_active = 0
-
-    def update(self, batch: EvalBatch) -> None:
-        """Add n tokens."""
-        self.seen.update(batch.document_ids)
-        self.digest.update(batch.document_ids, batch.tokens, batch.x)
-        self._sum += batch.x.sum(0, dtype=torch.float64).cpu()
-        self._n_active += int(batch.latents.l0().sum())
-
-    @property
-    def mean(self) -> Tensor:
-        return self._sum / max(self.seen.n_tokens, 1)
-
-    @property
-    def l0(self) -> float:
-        return self._n_active / max(self.seen.n_tokens, 1)
-
-    def over(self, ranks: Ranks) -> Shared:
-        """Return what all processes saw."""
-        whole, *others = ranks.everywhere(self)
-        for other in others:
-            whole.seen.merge(other.seen)
-            whole.digest.merge(other.digest)
-            whole._sum += other._sum
-            whole._n_active += other._n_active
-        return whole
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return which documents were seen, where they have numbers of their own in a text."""
-        return {"evaluated/document_ids": self.seen.documents} if self.digest.has_text else {}
-
-    def require_tokens(self) -> None:
-        """Refuse to compute from nothing."""
-        if self.seen.n_tokens == 0:
-            raise ValueError(
-                "the contexts must hold tokens that are not masked; there were none. Give more "
-                "text, or mask fewer tokens (`data.mask`, `data.exclude_tokens`, "
-                "`data.max_norm_ratio`)."
-            )
 
 
 def _peek(contexts: Iterable[Contexts]) -> tuple[Iterator[Contexts], Contexts]:
@@ -216,53 +156,9 @@ def _peek(contexts: Iterable[Contexts]) -> tuple[Iterator[Contexts], Contexts]:
     return chain([first], batches), first
 
 
-def start_evals(names: tuple[EvalName, ...], reads: str, setup: EvalSetup) -> Evals:
-    """Return new accumulators for those of `names` that read the kind `reads`."""
-    return {name: EVALS[name].make(setup) for name in names if EVALS[name].reads == reads}
-
-
-def _update(
-    shared: Shared,
-    evals: Evals,
-    captured: CapturedContexts,
-    coder: Evaluable,
-    place: str,
-    clock: Clock,
-) -> Latents:
-    """Encode a batch's unmasked tokens once, in chunks, feed every eval, return the code."""
-    x = captured.activations
-    is_kept = captured.is_kept.to(x.device)
-    tokens, document_ids = (
-        part.to(x.device)[is_kept] for part in (captured.tokens, captured.document_ids)
-    )
-    x = x[is_kept] if x.dtype == torch.float64 else x[is_kept].float()
-    require_finite(x, place, "of an evaluated batch")
-    codes = [Latents(x.new_zeros(0, 1), tokens.new_zeros(0, 1))]
-    for rows in coder.chunks(len(x)):
-        with clock.timed("coder"):
-            latents, x_hat = coder.encode_decode(x[rows])
-        written = coder.written(x[rows])
-        batch = EvalBatch(written, x_hat, latents, tokens[rows], document_ids[rows])
-        shared.update(batch)
-        for name, accumulator in evals.items():
-            with clock.timed(name):
-                accumulator.update(batch)
-        codes.append(latents)
-    return joined(codes)
-
-
-def _update_on_contexts(
-    evals: Evals,
-    captured: CapturedContexts,
-    latents: Latents,
-    capture: Capture,
-    clock: Clock,
-) -> None:
-    kept = captured.is_kept.flatten().nonzero()[:, 0].to(latents.indices.device)
-    batch = ContextBatch(captured, latents, kept, capture.lm, capture.places)
-    for name, accumulator in evals.items():
-        with clock.timed(name):
-            accumulator.update(batch)
+def start_evals(names: tuple[EvalName, ...], reads: tuple[Reads, ...], setup: EvalSetup) -> Evals:
+    """Return new accumulators for those of `names` that read one of the kinds `reads`."""
+    return {name: EVALS[name].make(setup) for name in names if EVALS[name].reads in reads}
 
 
 def _run_on_model(
@@ -291,17 +187,17 @@ def _run_on_labelled(
     name: EvalName,
     accumulator: Accumulator,
     capture: Capture,
-    coder: Evaluable,
-    context_tokens: int,
-    clock: Clock,
+    walk: Walk,
+    settings: EvalConfig,
     tell: Tell,
 ) -> None:
     """Read labelled texts, which are few: the first process does it alone."""
     texts: LabelledTexts = accumulator.source.texts  # type: ignore[attr-defined]
     assert capture.reader is not None
-    batches = labelled_batches(texts, capture.reader, coder, context_tokens)
+    reader, context_tokens = capture.reader, settings.probe_context_tokens
+    batches = labelled_batches(texts, reader, walk.coder, context_tokens)
     while True:
-        with clock.timed(name):
+        with walk.clock.timed(name):
             batch = next(batches, None)
             if batch is None:
                 break

@@ -1,14 +1,13 @@
-"""What is measured beside a dictionary on its way: a null encodes, and feeds evals of its own.
+"""Activations on their way through a dictionary and its evals: the dictionary's, or a null's.
 
-It is given activations that were captured for the dictionary, so that the model runs once. Codes
-shuffled in time take a way of their own: `rotation`.
+Both are given what was captured once, so that the model runs once. Codes shuffled in time take a
+way of their own: `rotation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,35 +15,44 @@ from torch import Tensor
 from sae.coder.latents import Latents, joined
 from sae.config import EvalName
 from sae.evals.evaluable import Evaluable
-from sae.evals.interface import Accumulator, ContextBatch, EvalBatch, ModelBatch
+from sae.evals.finishing import Clock
+from sae.evals.inputs import Capture
+from sae.evals.interface import Accumulator, ContextBatch, EvalBatch, ModelBatch, Reads
 from sae.evals.nulls import ShuffledCodes, pass_on
 from sae.evals.registry import EVALS
 from sae.evals.rotation import NO_CODES, Rotation
+from sae.evals.shared import Shared
 from sae.evals.truth import SampledContexts, TruthBatch
 from sae.stream.contexts import CapturedContexts
+from sae.stream.source import require_finite
 
-if TYPE_CHECKING:
-    from sae.evals.replacing import Places
-    from sae.stream.language_model import LanguageModel
-
-ON_ROWS = ("activations", "world")
+ON_ROWS: tuple[Reads, ...] = ("activations", "world")
+WALKED: tuple[Reads, ...] = (*ON_ROWS, "contexts")
 
 
 class Walk:
     """A dictionary, its evals in progress, and its L0.
 
     Args:
-        evals: by name, just started. lm, places: the model, and where the dictionary is in it.
+        evals: by name, just started. capture: of which model the activations are, and where; None
+            on a world. clock: told what coder and evals take. shared: told of every batch, for the
+            one dictionary whose results these are.
     """
 
     def __init__(
         self,
         coder: Evaluable,
         evals: Mapping[EvalName, Accumulator],
-        lm: LanguageModel | None = None,
-        places: Places | None = None,
+        capture: Capture | None = None,
+        *,
+        clock: Clock | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self.coder, self.evals, self.lm, self.places = coder, dict(evals), lm, places
+        self.coder, self.evals = coder, dict(evals)
+        self.lm, self.places, self.place = None, None, "the world"
+        if capture is not None:
+            self.lm, self.places, self.place = capture.lm, capture.places, capture.place
+        self.clock, self._shared = clock or Clock(), shared
         shuffled = coder.coder if isinstance(coder.coder, ShuffledCodes) else None
         self.rotation = None if shuffled is None else Rotation()
         # Of shuffled codes, the dictionary whose codes they are encodes and writes.
@@ -75,11 +83,13 @@ class Walk:
     def encoded(self, captured: CapturedContexts) -> Latents:
         """Return the code of a batch's unmasked tokens, (n, k)."""
         x, kept = kept_rows(captured)
+        require_finite(x, self.place, "of an evaluated batch")
         codes = [Latents(*(part.to(x.device) for part in NO_CODES))]
         for rows in self.coder.chunks(len(x)):
             if isinstance(captured, SampledContexts):
                 pass_on(self._inner, captured.codes.flatten(0, 1)[kept[rows]])
-            codes.append(self._inner.code_of(self._inner.sites.read(x[rows])))
+            with self.clock.timed("coder"):
+                codes.append(self._inner.code_of(self._inner.sites.read(x[rows])))
         return joined(codes)
 
     def run_model(self, name: EvalName, make_batch: Callable[..., ModelBatch]) -> None:
@@ -89,7 +99,8 @@ class Walk:
         """
         if name not in self._on_model:
             self._on_model[name] = self._for_model()
-        self.evals[name].update(make_batch(self._on_model[name]))
+        with self.clock.timed(name):
+            self.evals[name].update(make_batch(self._on_model[name]))
 
     def _for_model(self) -> Evaluable:
         if self.rotation is None:
@@ -104,11 +115,14 @@ class Walk:
         )
         for rows in self.coder.chunks(len(x)):
             code = Latents(latents.values[rows], latents.indices[rows])
-            x_hat = self._inner.write(code, self._inner.sites.read(x[rows]))
+            with self.clock.timed("coder"):
+                x_hat = self._inner.write(code, self._inner.sites.read(x[rows]))
             make = EvalBatch
             if isinstance(captured, SampledContexts):
                 make = partial(TruthBatch, codes=captured.codes.flatten(0, 1)[kept[rows]])
             batch = make(self.coder.written(x[rows]), x_hat, code, tokens[rows], document_ids[rows])
+            if self._shared is not None:
+                self._shared.update(batch)
             self._update(ON_ROWS, batch)
         self._n_tokens += len(x)
         self._n_active += int(latents.l0().sum())
@@ -117,7 +131,8 @@ class Walk:
     def _update(self, kinds: tuple[str, ...], batch: EvalBatch | ContextBatch) -> None:
         for name, accumulator in self.evals.items():
             if EVALS[name].reads in kinds:
-                accumulator.update(batch)
+                with self.clock.timed(name):
+                    accumulator.update(batch)
 
 
 def kept_rows(captured: CapturedContexts) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,15 @@ def _share_too_much(x, y, out, SIDE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _count_by_mask(x, out, n, SIDE: tl.constexpr, WIDTH: tl.constexpr):
+    at = tl.arange(0, SIDE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    row = tl.load(x + at, mask=at < n, other=0.0)
+    digits = tl.reshape(row.to(tl.int32) & 255, (SIDE * WIDTH,))
+    counts = tl.histogram(digits, 256, mask=tl.reshape(at < n, (SIDE * WIDTH,)))
+    tl.store(out + tl.arange(0, 256), counts)
+
+
+@triton.jit
 def _misuse_arange(out, WIDTH: tl.constexpr):
     tl.store(out + tl.arange(0, WIDTH), 0.0)
 
@@ -62,6 +71,12 @@ TOYS = {  # kernel, grid, arguments, constants
         GRID,
         (HALF, HALF, X),
         {"SIDE": 64, "WIDTH": WIDTH, "num_warps": 8},
+    ),
+    "masked": (
+        _count_by_mask,
+        GRID,
+        (X, gate.meta(256, dtype=torch.int32), 64),
+        {"SIDE": 128, "WIDTH": 8},
     ),
     "wrong": (_misuse_arange, GRID, (X,), {"WIDTH": WIDTH - 1}),
 }

@@ -390,6 +390,9 @@ def about_nulls(results: EvalResults) -> list[str]:
         return []
     end = "the oracle's, or the best" if "oracle" in results.nulls else "the best"
     lines = [f"of the way: from the score of shuffled codes (0) to {end} (1)."]
+    spent = {name: null.seconds for name, null in results.nulls.items()}
+    took = [f"{name} {seconds:.1f} s" for name, seconds in spent.items() if seconds is not None]
+    lines += [f"nulls took {', '.join(took)}."] if took else []
     left_out = {name: why for null in results.nulls.values() for name, why in null.left_out.items()}
     return lines + [f"{name} is not run on nulls: {why}." for name, why in left_out.items()]
 

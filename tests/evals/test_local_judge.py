@@ -94,8 +94,16 @@ def test_a_missing_name_is_said_first() -> None:
         make_judge(EvalConfig(judge="local_model"))
 
 
-def test_autointerp_by_a_model_and_its_nulls() -> None:
-    settings = EvalConfig(judge_latents=24, judge_examples=12, judge_model="wise")
+@pytest.mark.parametrize("name", ["package:no-such-judge", "./no-such-folder"])
+def test_a_name_that_is_no_model_s_is_said_before_anything_is_asked(name: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match="no-such") as error:
+        make_judge(EvalConfig(judge="local_model", judge_model=name))
+    assert "model.name" not in str(error.value)
+
+
+def test_autointerp_by_a_model_and_its_nulls(tiny_lm_folder: Path) -> None:
+    model = str(tiny_lm_folder)
+    settings = EvalConfig(judge_latents=24, judge_examples=12, judge_model=model)
     found = [_metrics(settings, shuffle=shuffle) for shuffle in (False, True)]
     assert found[0]["detection_auroc"] > 0.9
     assert found[0]["judge_invalid"] == 0
@@ -105,7 +113,7 @@ def test_autointerp_by_a_model_and_its_nulls() -> None:
     assert low <= 0.5 <= high
 
 
-def test_questions_do_not_show_activations() -> None:
+def test_questions_do_not_show_activations(tiny_lm_folder: Path) -> None:
     asked: list[str] = []
 
     class Listening(Wise):
@@ -113,7 +121,7 @@ def test_questions_do_not_show_activations() -> None:
             asked.append(content)
             return super().answer(content, n_tokens)
 
-    judge = Listening(EvalConfig(judge_model="wise"))
+    judge = Listening(EvalConfig(judge_model=str(tiny_lm_folder)))
     judge.score("the word dog", [Example((" a", " dog")), Example((" a", " cat"))])
     assert "«" not in asked[0].splitlines()[-1]
     assert json.loads(word_reader(asked[0])) == [10, 0]

@@ -240,6 +240,10 @@ def test_results_with_nulls_survive_the_file(found, tmp_path: Path):
     assert read_results(tmp_path / "results.json").nulls == found.nulls
     content = json.loads((tmp_path / "results.json").read_text())
     assert set(content["nulls"]) == set(MADE)
+    for null in content["nulls"].values():
+        del null["seconds"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert read_results(tmp_path / "results.json").nulls["pca"].seconds is None
     del content["nulls"]
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert read_results(tmp_path / "results.json").nulls == {}
@@ -335,6 +339,8 @@ def test_eval_with_nulls_from_end_to_end(runs: Path, capsys: pytest.CaptureFixtu
     for name in found.nulls:
         assert name in shown
     assert "of the way" in shown
+    assert "nulls took " in shown
+    assert all(null.seconds and null.seconds > 0 for null in found.nulls.values())
     clean = {name: null.metrics["ce_clean"] for name, null in found.nulls.items()}
     assert clean["frozen"] == clean["shuffled"] == found.metrics["ce_clean"]
     assert clean["reinitialised"] != clean["frozen"]  # it is read from its own model

@@ -112,6 +112,18 @@ def test_evals_that_a_setting_changes_are_run_again(cfg, coder, tmp_path, change
     assert (f"now {value}" in said[0]) == bool(gone)
 
 
+def test_an_eval_whose_judge_was_out_of_reach_has_not_finished(cfg, coder, tmp_path):
+    path = tmp_path / "results.json"
+    asked = of(cfg, "sparsity", "autointerp")
+    found = evaluate_held_out(coder, asked)
+    write_results(found, path)
+    assert set(finished_before(path, coder, asked).evals) == {"sparsity", "autointerp"}
+    write_results(replace(found, metrics={**found.metrics, "judge_unreached": 0.5}), path)
+    said: list[str] = []
+    assert set(finished_before(path, coder, asked, said.append).evals) == {"sparsity"}
+    assert said[0] == "Run again: autointerp; autointerp lacks answers."
+
+
 def test_results_of_another_version_or_without_settings_are_not_kept(cfg, coder, tmp_path):
     path = tmp_path / "results.json"
     write_results(evaluate_held_out(coder, of(cfg, "sparsity")), path)

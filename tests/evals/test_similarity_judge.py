@@ -78,6 +78,20 @@ def test_the_embedder_decides() -> None:
     assert judge.score('["dog"]', [example("dull"), example("apt")]) == [1.0, 0.0]
 
 
+def test_the_setting_names_the_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_lengths(texts: Sequence[str]) -> Tensor:
+        lengths = torch.tensor([len(text) for text in texts])
+        return torch.nn.functional.one_hot(lengths % 8, 8).float()
+
+    monkeypatch.setattr("sae.evals.judging.similarity.sentence_encoder", lambda: of_lengths)
+    judge = make_judge(EvalConfig(judge="similarity", embedder="minilm"))
+    assert judge.name == "similarity by minilm"
+    assert judge.score('["cat"]', [example("dog"), example("horse")]) == [1.0, 0.0]
+    words = make_judge(EvalConfig(judge="similarity"))
+    assert words.name == "similarity"
+    assert words.score('["cat"]', [example("dog"), example("cat")])[0] < 0.5
+
+
 def _metrics(*, shuffle: bool) -> dict[str, float]:
     autointerp = Autointerp(SETUP, SimilarityJudge())
     autointerp.update(text_batch(shuffle=shuffle))

@@ -99,17 +99,12 @@ class Autointerp:
             return dict.fromkeys(LABELS, Undefined(NO_TEXT))
         answers = self._answers()
         n = len(self.sampler.latents)
-        table = {
-            f"{score}_auroc{kind}": column
-            for score in SCORES
-            for kind, column in self._columns(score).items()
-        }
         metrics = with_intervals(
-            lambda weights: {name: _mean(weights, column) for name, column in table.items()},
+            self._means,
             torch.ones(n, dtype=torch.bool),
             seed=self.setup.seed,
             n_resamples=self.setup.n_resamples,
-            reasons=dict.fromkeys(table, self._no_answer()),
+            reasons=dict.fromkeys(LABELS, self._no_answer()),
             can_pair=False,
         )
         verdicts = [*answers.verdicts.values(), *answers.swapped.values()]
@@ -125,10 +120,13 @@ class Autointerp:
 
     def arrays(self) -> dict[str, Tensor]:
         """Return both scores by latent, NaN for latents without."""
-        scores = {}
-        for score in SCORES if self._tokenizer is not None else ():
+        if self._tokenizer is None:
+            return {}
+        answers, scores = self._answers(), {}
+        for score in SCORES:
             values = torch.full((self.setup.d_sae,), torch.nan)
-            values[self.sampler.latents] = self._columns(score)[""].float()
+            own = _column(answers.verdicts, score, len(self.sampler.latents))
+            values[self.sampler.latents] = own.float()
             scores[f"latents/{score}_auroc"] = values
         return scores
 
@@ -150,16 +148,24 @@ class Autointerp:
             self._outcome = ask(self.judge, given)
         return self._outcome
 
-    def _columns(self, score: str) -> dict[str, Tensor]:
-        """Return a score of all latents drawn, (n) float64: as is, with 0 for none, and swapped."""
-        answers = self._answers()
-        n = len(self.sampler.latents)
-        own = _column(answers.verdicts, score, n)
-        every = own.clone()
-        tried = {*answers.verdicts, *answers.unreached}
-        untestable = [slot for slot in range(n) if slot not in tried]
-        every[untestable] = 0.0
-        return {"": own, "_all": every, "_swapped": _column(answers.swapped, score, n)}
+    def _means(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mean scores for weights of the latents drawn, (r, n): (r) each.
+
+        `_all` is the mean over those reached times the share that could be asked about: a judge out
+        of reach says nothing about its latents, while the untestable ones are 0.
+        """
+        answers, n = self._answers(), len(self.sampler.latents)
+        is_testable = torch.zeros(n, dtype=torch.float64)
+        is_testable[[*answers.verdicts, *answers.unreached]] = 1
+        share = weights @ is_testable / weights.sum(1)
+        found = {}
+        for score in SCORES:
+            own = _mean(weights, _column(answers.verdicts, score, n))
+            found[f"{score}_auroc"] = own
+            found[f"{score}_auroc_all"] = (share * own).where(share > 0, 0.0)
+            swapped = _column(answers.swapped, score, n)
+            found[f"{score}_auroc_swapped"] = _mean(weights, swapped)
+        return found
 
     def _no_answer(self) -> str:
         reasons = list(self._answers().unreached.values())

@@ -9,11 +9,11 @@ from sae.evals.judging.endpoint import EndpointJudge
 from sae.evals.judging.judge import Judge
 from sae.evals.judging.local_model import LocalModelJudge
 from sae.evals.judging.rules import RuleJudge
-from sae.evals.judging.similarity import SimilarityJudge
+from sae.evals.judging.similarity import similarity_judge
 
 JUDGES: dict[JudgeName, Callable[[EvalConfig], Judge]] = {
     "rules": lambda _: RuleJudge(),
-    "similarity": lambda _: SimilarityJudge(),
+    "similarity": similarity_judge,
     "endpoint": EndpointJudge,
     "local_model": LocalModelJudge,
 }

@@ -29,7 +29,7 @@ from sae.evals.judging.prompts import (
     parse_scores,
     read_explanation,
 )
-from sae.stream.language_model import LanguageModel, load_language_model
+from sae.stream.language_model import LanguageModel, load_language_model, load_tokenizer
 
 LOG = logging.getLogger("sae.evals")
 EXPLAIN_TOKENS = 48
@@ -39,7 +39,8 @@ SCORE_TOKENS = 5
 class LocalModelJudge:
     """The judge of this module.
 
-    Errors: ValueError where `eval.judge_model` is missing or names no model.
+    Errors: before anything is asked, ValueError where `eval.judge_model` is missing or names no
+    model, RuntimeError where its package is not installed or the hub can't be reached.
     """
 
     n_at_once = 1
@@ -52,6 +53,7 @@ class LocalModelJudge:
             )
         self.name = settings.judge_model
         self._loaded: LanguageModel | None = None
+        _require_model(self.name)
 
     def announce(self, n_latents: int) -> None:
         """Log what asking for `n_latents` latents will take."""
@@ -91,6 +93,15 @@ class LocalModelJudge:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._loaded = load_language_model(ModelConfig(name=self.name), device)
         return self._loaded
+
+
+def _require_model(name: str) -> None:
+    """Refuse a name that is no model's; its tokenizer is read, the weights are not."""
+    try:
+        load_tokenizer(ModelConfig(name=name))
+    except (RuntimeError, ValueError) as error:
+        message = str(error).replace("`model.name`", "`eval.judge_model`")
+        raise type(error)(message) from error
 
 
 def _tokens(tokenizer: Any, content: str) -> torch.Tensor:

@@ -8,7 +8,8 @@ A text scores the largest cosine of any of its stretches with the mean of the qu
 tokens the mean of theirs. Words that are no such list are embedded as they are, so that it can
 apply what others wrote. A stretch is a token with REACH on each side.
 
-What embeds is a function of texts; here hashed words and pairs of words, deterministic and offline.
+What embeds is a function of texts: `eval.embedder` minilm's sentence encoder, else hashed words and
+pairs of words. Both are deterministic and offline.
 Source: ours; explanations as nearest texts after Bills et al. 2023, "Language models can explain
 neurons in language models" (nearest-neighbour simulation).
 Cost: about 12 stretches a text; a fraction of a second a latent by hashed n-grams.
@@ -26,6 +27,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sae.config import EvalConfig
+from sae.evals.embedders import sentence_encoder
 from sae.evals.judging.judge import Confidence, Evidence, Example
 
 REACH = 2
@@ -39,14 +42,13 @@ class SimilarityJudge:
     """The judge of this module.
 
     Args:
-        embed: gives texts unit vectors, (n, width).
+        embed: gives texts unit vectors, (n, width). name: as what it signs.
     """
 
-    name = "similarity"
     n_at_once = 1
 
-    def __init__(self, embed: Embed | None = None) -> None:
-        self.embed = hashed_ngrams if embed is None else embed
+    def __init__(self, embed: Embed | None = None, name: str = "similarity") -> None:
+        self.embed, self.name = hashed_ngrams if embed is None else embed, name
 
     def announce(self, _: int) -> None:
         """Say nothing: it costs nothing."""
@@ -76,6 +78,17 @@ class SimilarityJudge:
         parts = cosines.split([len(group) for group in texts])
         pairs = zip(parts, examples, strict=True)
         return [float(part.mean() if e.marked else part.max()) for part, e in pairs]
+
+
+def similarity_judge(settings: EvalConfig) -> SimilarityJudge:
+    """Return the judge whose embedder `eval.embedder` names.
+
+    Errors: RuntimeError where the package of the sentence encoder is not installed.
+    """
+    if settings.embedder != "minilm":
+        return SimilarityJudge()
+    encode = sentence_encoder()
+    return SimilarityJudge(lambda texts: encode(texts).cpu(), "similarity by minilm")
 
 
 def quoted(explanation: str) -> list[str]:

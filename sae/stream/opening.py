@@ -102,7 +102,10 @@ def open_model(
     _require_fitting_contexts(cfg, lm)
     hookpoints = tuple(find_hookpoints_of(lm.module, cfg.model.hookpoint))
     targets = tuple(find_hookpoints_of(lm.module, cfg.model.target)) if cfg.model.target else ()
-    other = None if cfg.model.other is None else load_language_model(others(cfg.model), device)
+    other = None
+    if cfg.model.other is not None:
+        with about_other():
+            other = load_language_model(others(cfg.model), device)
     return OpenedModel(cfg, lm, hookpoints, documents, other, targets)
 
 

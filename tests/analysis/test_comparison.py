@@ -12,13 +12,15 @@ import torch
 
 from sae.analysis.comparison import compare, write_comparison
 from sae.analysis.comparison.entries import open_entries
-from sae.analysis.comparison.figures import CANDIDATES, PW_MCC, on_front
+from sae.analysis.comparison.figures import CANDIDATES, PW_MCC, figures_of, on_front
+from sae.analysis.comparison.printed import print_comparison
 from sae.axes import Axis
 from sae.cli import main
 from sae.coder import SparseCoder
 from sae.config import CoderConfig, Config, RunConfig
 from sae.configuration import CONFIG_FILE, to_yaml
 from sae.evals import EVALS, activation_contexts, evaluate, write_results
+from sae.evals.pairing import Difference
 
 D, N = 16, 400
 
@@ -132,6 +134,25 @@ def test_on_the_command_line(runs, tmp_path, capsys):
     assert "less that of k2" in printed
     assert "PW-MCC" in printed
     assert "compare.html in a browser" in printed
+
+
+def test_a_narrow_terminal_keeps_the_names_and_the_differences(runs, tmp_path, capsys, monkeypatch):
+    """Beside the longest numbers there are: KL, with its interval and difference."""
+    monkeypatch.setenv("COLUMNS", "80")
+    found = compare([runs / "k2", runs / "k4"])
+    kl = {"kl": 13.3276, "kl/low": 13.2467, "kl/high": 13.5104}
+    entries = [
+        replace(e, results=replace(e.results, metrics={**e.results.metrics, **kl}))
+        for e in found.entries
+    ]
+    pairs = {("k4", "k2"): {"kl": Difference(-13.0079, -13.1744, -12.9064)}}
+    figures = figures_of(entries, {})
+    print_comparison(replace(found, entries=entries, figures=figures, differences=pairs))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index(["KL,", "nats"])
+    assert lines[at + 1] == ["k2", "13.328", "13.247", "…", "13.510"]
+    assert lines[at + 2][0] == "k4"
+    assert " ".join(lines[at + 2][5:]) == "−13.008 (−13.174 … −12.906)"
 
 
 def test_results_of_other_seeds_are_compared_only_where_asked(runs, tmp_path, capsys):

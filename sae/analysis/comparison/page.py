@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sae.analysis.comparison import plots
 from sae.analysis.comparison.entries import Entry
 from sae.analysis.comparison.figures import Figure, as_number, interval_of
-from sae.evals.interface import Label
+from sae.evals.interface import Label, Unit
 from sae.evals.pairing import Difference
 from sae.evals.registry import EVALS
 from sae.evals.results import shown
@@ -45,6 +45,7 @@ def write_page(found: Comparison, path: Path) -> Path:
         is_paired=found.is_paired,
         origin=where(found),
         figures=found.figures,
+        headings=[heading(figure.text, figure.unit) for figure in found.figures],
         headline=[_headline(found, entry) for entry in found.entries],
         scatters=[one for one in scatters if one is not None],
         strips=[plots.strip(found.entries, figure, found.pw_mcc) for figure in found.figures],
@@ -84,11 +85,11 @@ def cell(found: Comparison, entry: Entry, metric: str, label: Label, value: floa
     if value is None:
         return Cell("–")
     ends = interval_of(entry, metric)
-    between = "" if ends is None else " … ".join(shown(end, label.unit) for end in ends)
+    between = "" if ends is None else " … ".join(_number(end, label) for end in ends)
     one = found.from_first(entry).get(metric)
     if one is None:
-        return Cell(shown(value, label.unit), between)
-    return Cell(shown(value, label.unit), between, difference_text(one, label), one.is_clear)
+        return Cell(_number(value, label), between)
+    return Cell(_number(value, label), between, difference_text(one, label), one.is_clear)
 
 
 def difference_text(one: Difference, label: Label) -> str:
@@ -102,7 +103,17 @@ def difference_text(one: Difference, label: Label) -> str:
 
 def _signed(value: float, label: Label) -> str:
     sign = "−" if value < 0 else "+"
-    return sign + shown(abs(value), label.unit)
+    return sign + _number(abs(value), label)
+
+
+def _number(value: float, label: Label) -> str:
+    """Return a number short enough for a narrow table: its unit stands in the heading."""
+    return shown(value, label.unit, digits=3).removesuffix(" nats")
+
+
+def heading(text: str, unit: Unit) -> str:
+    """Return a metric's words with the unit that its numbers are without."""
+    return f"{text}, nats" if unit == "nats" else text
 
 
 def everything(found: Comparison) -> list[tuple[str, list[tuple[str, list[Cell]]]]]:
@@ -115,7 +126,7 @@ def everything(found: Comparison) -> list[tuple[str, list[tuple[str, list[Cell]]
             if all(value is None for value in values):
                 continue
             pairs = zip(found.entries, values, strict=True)
-            rows.append((label.text, [cell(found, e, metric, label, v) for e, v in pairs]))
+            rows.append((heading(label.text, label.unit), [cell(found, e, metric, label, v) for e, v in pairs]))
         if rows:
             groups.append((name, rows))
     return groups

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sae.analysis.comparison.page import table_figures, where
+from sae.analysis.comparison.page import heading, table_figures, where
 
 if TYPE_CHECKING:
     from sae.analysis.comparison import Comparison
+
+LONGEST_NAME = 24  # in characters; longer ones are folded where the terminal is narrow
 
 
 def print_comparison(found: Comparison) -> None:
@@ -18,17 +20,18 @@ def print_comparison(found: Comparison) -> None:
 
     first, names = found.entries[0].name, [entry.name for entry in found.entries]
     table = Table(box=box.SIMPLE, title=where(found), title_justify="left")
-    table.add_column("")
+    # Names give way last: a line without one says nothing.
+    table.add_column("", overflow="fold", min_width=min(max(map(len, names)), LONGEST_NAME))
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("95% interval", no_wrap=True)
     if found.is_paired:
-        table.add_column(f"less that of {first}", no_wrap=True)
+        table.add_column(f"less that of {first}")
     table.add_row("[bold]L0[/bold]")
     for entry in found.entries:
         table.add_row(entry.name, f"{entry.results.provenance['l0']:.4g}")
     for figure, cells in table_figures(found):
         table.add_section()
-        table.add_row(f"[bold]{figure.text}[/bold]")
+        table.add_row(f"[bold]{heading(figure.text, figure.unit)}[/bold]")
         for name, cell in zip(names, cells, strict=True):
             difference = f"[bold]{cell.difference}[/bold]" if cell.is_clear else cell.difference
             texts = (name, cell.value, cell.interval, difference)

@@ -555,7 +555,7 @@ class CoderConfig:
             "coder.threshold_rate",
             "must be in (0, 1]",
             self.threshold_rate,
-            "Use 0.01.",
+            "Use 0.02.",
         )
         for name in (
             "sparsity_coefficient",

@@ -45,8 +45,9 @@ def labels_of(prefix: str, what: str) -> dict[str, Label]:
     }
     found["loss"] = Label("loss of the best one-latent probe", "nats", "lower", 0)
     found["auroc_shuffled"] = Label("AUROC of one latent for shuffled labels")
-    found |= {f"neurons_auroc_{k}": Label(f"AUROC of {k} raw neurons") for k in SIZES}
-    found |= {f"pca_auroc_{k}": Label(f"AUROC of {k} principal components") for k in SIZES}
+    found |= {f"neurons_auroc_{k}": Label(f"AUROC of {_many(k, 'raw neuron')}") for k in SIZES}
+    components = "principal component"
+    found |= {f"pca_auroc_{k}": Label(f"AUROC of {_many(k, components)}") for k in SIZES}
     found["x_auroc"] = Label("AUROC of all of x, the ceiling")
     found["x_balanced"] = Label("balanced accuracy of all of x")
     found["positive_share"] = Label("rows that hold the concept, before balancing", "share")
@@ -59,8 +60,8 @@ def latent_labels(prefix: str, what: str) -> dict[str, Label]:
     return {f"{prefix}_auroc": Label(f"tells a {what}, AUROC")}
 
 
-def _many(k: int) -> str:
-    return "one latent" if k == 1 else f"{k} latents"
+def _many(k: int, what: str = "latent") -> str:
+    return f"one {what}" if k == 1 else f"{k} {what}s"
 
 
 class Source(Protocol):

@@ -136,7 +136,7 @@ def test_on_the_command_line(runs, tmp_path, capsys):
     assert "compare.html in a browser" in printed
 
 
-def test_a_narrow_terminal_keeps_the_names_and_the_differences(runs, tmp_path, capsys, monkeypatch):
+def test_a_narrow_terminal_keeps_the_names_and_the_differences(runs, capsys, monkeypatch):
     """Beside the longest numbers there are: KL, with its interval and difference."""
     monkeypatch.setenv("COLUMNS", "80")
     found = compare([runs / "k2", runs / "k4"])

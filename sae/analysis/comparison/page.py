@@ -126,7 +126,8 @@ def everything(found: Comparison) -> list[tuple[str, list[tuple[str, list[Cell]]
             if all(value is None for value in values):
                 continue
             pairs = zip(found.entries, values, strict=True)
-            rows.append((heading(label.text, label.unit), [cell(found, e, metric, label, v) for e, v in pairs]))
+            cells = [cell(found, entry, metric, label, value) for entry, value in pairs]
+            rows.append((heading(label.text, label.unit), cells))
         if rows:
             groups.append((name, rows))
     return groups

@@ -79,7 +79,10 @@ def _require_shards(cfg: Config, folder: Path) -> None:
     """Write what a run reads, unless it is there; `--set harvest.tokens=…` asks for more."""
     if folder.exists():
         return
-    tokens = cfg.harvest.tokens or -(-cfg.train.tokens // cfg.stream.reuse)
+    # A harvest ends within a forward pass of what is asked for, and outlying norms are left out.
+    slack = 2 * cfg.stream.sequences_per_forward * cfg.data.context_size
+    needed = -(-cfg.train.tokens // cfg.stream.reuse) + cfg.stream.reserved_tokens + slack
+    tokens = cfg.harvest.tokens or needed
     live = replace(cfg, stream=replace(cfg.stream, shards=None))
     harvest(replace(live, harvest=replace(cfg.harvest, folder=str(folder), tokens=tokens)))
 

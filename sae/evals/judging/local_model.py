@@ -6,9 +6,9 @@ by its most likely tokens; what is no JSON list of the right length is no answer
 wrong. So does a request that is longer than the model's context: it is not cut, because a judge
 that has not seen the texts cannot be right about them.
 
-Deterministic on one machine, offline. Cost: six generations a latent, of up to EXPLAIN_TOKENS and
-SCORE_TOKENS a text, after some thousand tokens of prompt; on two cores about a minute a latent for
-a model of 135 M.
+Deterministic on one machine, offline. Cost: five generations a latent, of up to EXPLAIN_TOKENS and
+SCORE_TOKENS a text, after some thousand tokens of prompt. Three latents by a model of 135 M had
+not ended after 35 s of one core; how long they take is unmeasured.
 Cannot see: whatever the model cannot read. A small one mostly does not keep to the form, which
 `judge_invalid` says.
 """

@@ -32,6 +32,7 @@ from sae.stream.harvest import harvest
 from sae.train import run
 
 CONFIGS = machine.ROOT / "configs"
+MEASURED = ("reconstruction", "sparsity", "downstream")  # what the table shows
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -61,6 +62,7 @@ def configured(config: Path, options: argparse.Namespace, seed: int) -> Config:
     settings = {"run.seed": str(seed), "stream.shards": str(options.shards)}
     settings |= dict(word.split("=", 1) for word in options.set)
     flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    flags += ["--eval.evals", *MEASURED]
     return from_command_line([str(config), *flags], "bench_language_model")
 
 

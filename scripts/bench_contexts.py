@@ -116,14 +116,20 @@ def by_law(law: dict[str, float], latents: int, tokens: int) -> float:
     return law["base"] + law["per_latent"] * latents + law["per_row"] * min(tokens, N_ROWS)
 
 
-def extrapolate(rows: Sequence[dict[str, Any]], target: tuple[int, int]) -> dict[str, float]:
+def extrapolate(rows: Sequence[dict[str, Any]], target: tuple[int, int]) -> dict[str, float | None]:
     """Return bytes and seconds at `target`: the law, and a line in tokens at that width."""
     law, (latents, tokens) = fit(rows), target
     size = by_law(law, latents, tokens)
     widest = max(row["latents"] for row in rows)
     own = [row for row in rows if row["latents"] == widest]
     slope, offset = np.polyfit([r["tokens"] for r in own], [r["seconds"] for r in own], 1)
-    return {"bytes": size, "seconds": float(slope * tokens + offset)}
+    # Sizes too alike for their times to tell a slope from noise tell no time either.
+    seconds = float(slope * tokens + offset) if slope > 0 else None
+    return {"bytes": size, "seconds": seconds}
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f} (extrapolated)"
 
 
 def page(document: dict[str, Any]) -> str:
@@ -144,7 +150,7 @@ def page(document: dict[str, Any]) -> str:
             for row in document["rows"]
         ),
         f"| {document['target'][0]:,} | {document['target'][1]:,} | | {far['bytes'] / 1e9:.2f} "
-        f"(extrapolated) | {far['seconds']:.0f} (extrapolated) |",
+        f"(extrapolated) | {_seconds(far['seconds'])} |",
         f"Law: {law['base'] / 1e9:.2f} GB + {law['per_latent'] / 1e3:.1f} kB a latent + "
         f"{law['per_row'] / 1e3:.2f} kB a token up to {N_ROWS:,}; largest error "
         f"{100 * law['largest_error']:.1f}%. Held for a latent by their definition: 3.3 kB of "

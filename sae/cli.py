@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -218,6 +219,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        raise SystemExit(141) from None
+
+
+def _nobody_reads() -> bool:
+    """Say whether stdout's reader is gone, as in `sae … | head`; what is left then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+    return True
 
 
 def place_and_flags(arguments: Sequence[str], usage: str) -> tuple[Path, list[str]]:

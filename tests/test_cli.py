@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,14 @@ def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SystemExit) as stopped:
         main(["interrupted"])
     assert stopped.value.code == 130
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    """As in `sae train --help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "sae", "train", "--help"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import sae.config
 from sae.config import Config, TrainConfig
 from sae.configuration import (
     dotted_keys,
@@ -30,8 +30,9 @@ def test_keys_are_the_checked_in_list():
 
 
 def test_every_field_has_a_docstring():
-    tree = ast.parse(inspect.getsource(sae.config))
-    for node in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"]:
+    for section in dataclasses.fields(Config):
+        (node,) = ast.parse(inspect.getsource(type(getattr(Config(), section.name)))).body
+        assert isinstance(node, ast.ClassDef)
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""

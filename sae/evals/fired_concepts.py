@@ -34,6 +34,7 @@ N_ROWS = 65_536
 NO_CONCEPT = -1
 CELLS = 2**23
 HALVES, QUARTERS = 2, 4
+N_COLUMNS = 6
 MIN_FIRINGS = 8
 CHANCE = 4.0
 
@@ -108,8 +109,7 @@ def score_concepts(
     names, numbered = rows.concepts.unique(return_inverse=True)
     has_none = int(len(names) > 0 and names[0] == NO_CONCEPT)
     table = _Table(rows._replace(concepts=numbered - has_none), n_latents, len(names) - has_none)
-    parts = [table.scores(part, by_label) for part in table.chunks()]
-    chosen, *columns = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    chosen, columns = table.all_scores(by_label)
     by_quarter = table.by_quarter(chosen)
     shuffled = _shuffled_effective(table.of_labels, table.n_fires.sum(0), seed)
     concept = torch.full((n_latents,), NO_CONCEPT, dtype=torch.int64)
@@ -154,6 +154,21 @@ class _Table:
         """Yield all latents, so many at once that their counts fit into CELLS."""
         size = max(CELLS // (HALVES * max(self.c, 1)), 1)
         yield from (range(i, min(i + size, self.m)) for i in range(0, self.m, size))
+
+    def all_scores(self, by_label: bool) -> tuple[Tensor, Tensor]:
+        """Return the number of each latent's concept (m), and the columns of `scores` behind it.
+
+        They go into tensors made beforehand: small ones made between the large temporary ones kept
+        the heap from shrinking, by gigabytes at 65,536 latents.
+        """
+        chosen = torch.full((self.m,), NO_CONCEPT, dtype=torch.int64)
+        columns = torch.full((N_COLUMNS, self.m), torch.nan, dtype=torch.float64)
+        for latents in self.chunks():
+            rows = slice(latents.start, latents.stop)
+            chosen[rows], *found = self.scores(latents, by_label)
+            for column, part in zip(columns, found, strict=True):
+                column[rows] = part
+        return chosen, columns
 
     def scores(self, latents: range, by_label: bool) -> tuple[Tensor, ...]:
         """Return of each latent its concept's number, specificity, recall, what both would be if

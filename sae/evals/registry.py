@@ -62,7 +62,7 @@ EVALS: dict[EvalName, EvalRow] = {
         interventions.Interventions,
         "contexts",
         interventions.LABELS,
-        "full",
+        "minutes",
         interventions.CANNOT_SEE,
         interventions.LATENT_LABELS,
     ),

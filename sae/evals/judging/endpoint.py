@@ -84,11 +84,11 @@ class EndpointJudge:
         characters = n_texts * 32 * CHARACTERS_PER_TOKEN
         tokens = n_latents * (characters + 4 * 2 * characters) // CHARACTERS_PER_TOKEN
         LOG.info(
-            "Judging %d latents takes about %d requests and %.2f million tokens of %s, less what "
+            "Judging %d latents takes about %d requests and %s tokens of %s, less what "
             "is cached in %s.",
             n_latents,
             5 * n_latents,
-            tokens / 1e6,
+            f"{float(f'{tokens:.2g}'):,.0f}",
             self.name,
             self.settings.judge_cache,
         )

@@ -22,7 +22,6 @@ Source: Kingma & Ba 2015, "Adam", algorithm 1; Bricken et al. 2023 for the proje
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,13 +81,20 @@ def adam_scalars(
 
     lr (G,) gives those of G dictionaries.
     """
-    count = torch.as_tensor(step, device=device, dtype=torch.int64)
-    rate = torch.as_tensor(lr, device=device, dtype=torch.float64)
+    count = _scalar(step, device, torch.int64)
+    rate = _scalar(lr, device, torch.float64)
     # In float64: 1 − 0.999 in float32 is off by 6e-5 of itself.
     corrections = [
         -torch.expm1(count * torch.log(torch.full_like(rate, b))) for b in (beta1, beta2)
     ]
     return AdamScalars(torch.stack([rate, *corrections], -1).float(), count, beta1, beta2, eps)
+
+
+def _scalar(number: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor; filled in on the device, where a copy would be waited for."""
+    if isinstance(number, Tensor):
+        return number.to(device, dtype)
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 class Dictionary(NamedTuple):
@@ -359,16 +365,10 @@ def _rows_of_prefixes(segments: Segments, ends: Sequence[int]) -> Segments:
     token: the row of its token and of the first prefix that holds its latent."""
     if len(ends) < 2:
         return segments
-    latents = segments.latents
-    bounds = _on_device(tuple(ends[:-1]), latents.dtype, latents.device)
-    block = torch.searchsorted(bounds, latents, right=True)
-    return segments._replace(tokens=segments.tokens * len(ends) + block.clamp(max=len(ends) - 1))
-
-
-@lru_cache(maxsize=16)
-def _on_device(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor: copied to a device once, not at every step."""
-    return torch.tensor(bounds, dtype=dtype, device=device)
+    rows = segments.tokens * len(ends)
+    for end in ends[:-1]:  # a comparison each: a GPU would wait for a tensor of the ends
+        rows = rows + (segments.latents >= end)
+    return segments._replace(tokens=rows)
 
 
 def _slots(latents: Tensor, d_sae: int) -> Tensor:

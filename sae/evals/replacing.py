@@ -97,7 +97,7 @@ def replaced(
     def writer(number: int) -> Callable[[Tensor], Tensor]:
         def put(activation: Tensor) -> Tensor:
             flat = activation.reshape(len(may_replace), -1).clone()
-            flat[may_replace] = write(number).to(flat.dtype)
+            flat[may_replace] = write(number).to(flat.device, flat.dtype)
             return flat.reshape(activation.shape)
 
         return put

@@ -116,10 +116,12 @@ class BufferedSource:
         parts = [
             part for lane in self.lanes.values() for part in self._take(lane, n // len(self.lanes))
         ]
-        if len(parts) == 1:
-            return tuple(rows.to(self.device, non_blocking=True) for rows in parts[0])
-        columns = zip(*parts, strict=True)
-        return tuple(torch.cat(rows).to(self.device, non_blocking=True) for rows in columns)
+        # Moved before they are joined, which page-locked rows are no longer once they are.
+        there = [
+            [rows.to(self.device, non_blocking=True) for rows in column]
+            for column in zip(*parts, strict=True)
+        ]
+        return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in there)
 
     def calibration_sample(self) -> Tensor:
         """Return rows (m, Σ widths) to calibrate by."""

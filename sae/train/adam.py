@@ -79,7 +79,7 @@ class AdamState:
         """Take a step of torch's fused Adam: one pass over all tensors."""
         beta1, beta2 = self.betas
         # The steps before this one; torch adds one to each, and reads its rate in float32.
-        before = [torch.as_tensor(number - 1.0, device=p.device).float() for p in parameters]
+        before = [_scalar_like(p, number - 1.0) for p in parameters]
         rate = lr.float() if isinstance(lr, Tensor) else lr
         adam(
             [p.detach() for p in parameters],
@@ -104,3 +104,8 @@ class AdamState:
             if name not in OF_NO_LATENT:
                 moments.m[latents], moments.v[latents] = 0, 0
                 moments.m_scale[latents], moments.v_scale[latents] = 1, 1
+
+
+def _scalar_like(x: Tensor, number: float | Tensor) -> Tensor:
+    """Return a number in float32 beside x; filled in there, as a GPU would wait for a copy."""
+    return number.float() if isinstance(number, Tensor) else x.new_full((), number).float()

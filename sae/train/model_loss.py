@@ -89,15 +89,18 @@ class ModelLoss:
         contexts = self._contexts_of(step)
         clean, rows = clean_pass(self.lm, self.places, contexts.tokens)
         may_replace = _replaceable(coder, contexts, rows)
-        kept, normaliser, sites = rows[may_replace], calibration.normaliser, coder.sites
-        x = normaliser.apply(kept.to(coder.b_dec.device))
+        # The model may be on another device (`model.device`).
+        kept = rows[may_replace].to(coder.b_dec.device)
+        normaliser, sites = calibration.normaliser, coder.sites
+        x = normaliser.apply(kept)
         read = sites.read(x)
         x_hat = coder.decode_for(coder.encode_for_losses(read, values).code, read)
         written = normaliser.undo(x_hat, sites.written_columns, sites.written(kept))
         parts = written.split(list(sites.written_widths), -1)
         with replaced(self.lm, self.places, may_replace, parts.__getitem__):
             logits = logits_of(self.lm, contexts.tokens)
-        loss = self._loss(clean, logits, contexts, counted_positions(contexts, may_replace))
+        counted = counted_positions(contexts, may_replace)
+        loss = self._loss(clean, logits, contexts, counted).to(x_hat.device)
         if self.cfg.model_loss_weight is not None:
             weighted = self.cfg.model_loss_weight * loss
             return Added(weighted, weighted.detach(), loss.detach())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pretended_gpu
 import pytest
 import torch
 from toy_rows import CountingRows, buffered, ids, saved
 
+from sae.config import StreamConfig
 from sae.stream.buffered import BufferedSource
 from sae.stream.source import SourceState
 
 N_LANES = 6
+CPU = torch.device("cpu")
 
 
 def on(n_processes: int) -> list[BufferedSource]:
@@ -77,3 +80,22 @@ def test_the_norm_limit_is_that_of_all_lanes():
     medians = torch.tensor([5.0, 5.5]) * 2**0.5
     assert source.max_norm == pytest.approx(float(medians.mean()) * 1.2)
     assert len({lane.max_norm for lane in source.lanes.values()}) == 1
+
+
+def test_a_gpu_takes_rows_of_all_lanes_from_host_memory_without_waiting():
+    """What is joined in host memory is no longer page-locked, and would be waited for."""
+    streams = {i: CountingRows(i) for i in range(N_LANES)}
+    cfg = StreamConfig(buffer_tokens=40, device="cpu", refill="inline")
+    with pretended_gpu.pretended_gpu():
+        gpu = torch.device("cuda")
+        source = BufferedSource(streams, cfg, context_size=8, seed=0, device=gpu)
+        found = [source.next_batch(60)]
+        with pretended_gpu.in_step():
+            found.append(source.next_batch(60))
+        assert pretended_gpu.waits == []
+        assert all(isinstance(rows, pretended_gpu.Gpu) for rows in found)
+        found = [rows.cpu() for rows in found]
+    expected = BufferedSource(
+        {i: CountingRows(i) for i in range(N_LANES)}, cfg, context_size=8, seed=0, device=CPU
+    )
+    assert all(torch.equal(rows, expected.next_batch(60)) for rows in found)

@@ -99,6 +99,7 @@ class ThreadRefill:
         with self._moving:
             self._streams.finish()
             yield
+            self._streams.go_on()
         with self._changed:
             self._changed.notify_all()
 
@@ -191,6 +192,12 @@ class _Streams:
         """Wait until the thread's stream has done all that was queued."""
         if self._stream:
             self._stream.synchronize()
+
+    def go_on(self) -> None:
+        """Let what the thread queues from now on wait for all that the caller has queued: copies of
+        the thread's block may be among it, whose memory the thread takes for the next one."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def read_after_writes(self) -> None:
         """Let what the caller queues from now on wait for the writes noted."""

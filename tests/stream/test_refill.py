@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,13 @@ def test_waiting_is_measured():
     time.sleep(0.3)
     assert slow.log_values()["wait_share"] < 0.05
     slow.close()
+
+
+def test_what_is_copied_in_a_pause_is_done_before_the_thread_takes_its_memory():
+    source = buffered(CountingRows(), refill="thread")
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in ("finish", "go_on")}
+    source.refill._streams = SimpleNamespace(**steps)
+    with source.refill.paused():
+        order.append("copies")
+    assert order == ["finish", "copies", "go_on"]

@@ -153,7 +153,9 @@ def train(recipe: str, task: Task) -> Trained:
         "sae-lens batchtopk": lambda task: _sae_lens(task, is_matryoshka=False),
         "sae-lens matryoshka": lambda task: _sae_lens(task, is_matryoshka=True),
     }
-    return makers[recipe](task) if recipe in makers else _ours(FOUND[recipe], task)
+    return (
+        makers[recipe](task) if recipe in makers else _ours((RECIPES | RECIPES_16K)[recipe], task)
+    )
 
 
 def _ours(config: Path, task: Task, name: str | None = None) -> Trained:

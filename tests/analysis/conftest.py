@@ -42,7 +42,8 @@ def reported_run(tmp_path_factory: pytest.TempPathFactory, tiny_run_tree: dict[s
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_run_tree))
     run = folder / "run"
     main(["train", str(folder / "tiny.yaml"), "--run.folder", str(run)])
-    main(["eval", str(run)])
+    names = "fast,autointerp,absorption,monosemanticity,interventions"
+    main(["eval", str(run), "--evals", names])
     main(["report", str(run)])
     return run
 

@@ -132,7 +132,8 @@ def test_a_crosscoder_of_two_models(tiny_config: Path, perturbed: Path):
     coder = sae.load(folder)
     assert coder.sites.reads == (32, 32)
     assert coder.site_norms().shape == (2, 48)
-    main(["eval", str(folder), "--eval.tokens", "300", "--eval.downstream_tokens", "200"])
+    flags = ["--eval.tokens", "300", "--eval.downstream_tokens", "200"]
+    main(["eval", str(folder), "--evals", "downstream,interventions", *flags])
     found = json.loads((folder / "results.json").read_text())["metrics"]
     assert found["ce_clean"] > 0
     assert found["steering_gain"] is None, "a latent writes into both models"

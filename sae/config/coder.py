@@ -7,7 +7,7 @@ from typing import Literal
 
 from .coder_rules import require_coherent, require_fits, require_for_site
 from .names import ActivationName, SiteName, SparsityLossName
-from .rules import require, require_positive
+from .rules import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,25 +128,11 @@ class CoderConfig:
             self.threshold_rate,
             "Use 0.02.",
         )
-        for name in (
-            "sparsity_coefficient",
-            "aux_coefficient",
-            "dead_penalty",
-            "multi_k_coefficient",
-            "k_aux",
-            "random_prefixes",
-            "refine_step",
-            "threshold_init",
-            "tilt",
-        ):
-            value = getattr(self, name)
-            require(
-                value is None or value >= 0,
-                f"coder.{name}",
-                "must not be negative",
-                value,
-                "Use 0 to turn it off.",
-            )
+        may_be_off = (
+            *("sparsity_coefficient", "aux_coefficient", "dead_penalty", "multi_k_coefficient"),
+            *("k_aux", "random_prefixes", "refine_step", "threshold_init", "tilt"),
+        )
+        require_not_negative("coder", self, "Use 0 to turn it off.", *may_be_off)
         if self.d_sae is not None:
             require_fits(self, self.d_sae)
         require_coherent(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -67,13 +68,7 @@ IDLE_BUT_FOR = {
 def require_coherent(coder: CoderConfig) -> None:
     """Refuse settings that make no sense together, or do nothing for the activation."""
     for name, activations in ONLY_FOR.items():
-        require(
-            not getattr(coder, name) or coder.activation in activations,
-            f"coder.{name}",
-            f"is a setting of {', '.join(activations)}",
-            coder.activation,
-            f"Leave it out or choose one of these as `coder.activation`{_instead(name)}.",
-        )
+        _require_among(coder, name, "activation", activations, _instead(name))
     losses = SPARSITY_LOSSES.get(coder.activation, ())
     require(
         coder.sparsity_loss is None or coder.sparsity_loss in losses,
@@ -142,13 +137,7 @@ SITES_FOR: dict[str, tuple[SiteName, ...]] = {
 def require_for_site(coder: CoderConfig) -> None:
     """Refuse what a coder of another place, or of several, has no meaning for."""
     for name, sites in SITES_FOR.items():
-        require(
-            not getattr(coder, name) or coder.site in sites,
-            f"coder.{name}",
-            f"is a setting of `coder.site` {', '.join(sites)}",
-            coder.site,
-            "Leave it out or choose one of these as `coder.site`.",
-        )
+        _require_among(coder, name, "site", sites)
     require(
         coder.activation != "matching_pursuit" or coder.site in ("sae", "crosscoder"),
         "coder.activation",
@@ -156,6 +145,20 @@ def require_for_site(coder: CoderConfig) -> None:
         "row, what it writes from what it reads",
         coder.activation,
         "Use topk.",
+    )
+
+
+def _require_among(
+    coder: CoderConfig, name: str, kind: str, among: Sequence[str], instead: str = ""
+) -> None:
+    """Refuse a setting that is given to a coder whose activation or site (`kind`) has none."""
+    given = getattr(coder, kind)
+    require(
+        not getattr(coder, name) or given in among,
+        f"coder.{name}",
+        f"is a setting of {', '.join(among)}",
+        given,
+        f"Leave it out or choose one of these as `coder.{kind}`{instead}.",
     )
 
 

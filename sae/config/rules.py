@@ -19,3 +19,10 @@ def require_positive(section: str, config: object, *names: str) -> None:
             value,
             "Give a positive value or leave it out.",
         )
+
+
+def require_not_negative(section: str, config: object, do: str, *names: str) -> None:
+    """Refuse negative values of the settings `names`; None is none."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= 0, f"{section}.{name}", "must not be negative", value, do)

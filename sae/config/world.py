@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .names import DirectionsName, WorldName
-from .rules import require, require_positive
+from .rules import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +115,7 @@ class WorldConfig:
             *("seed", "bias_norm", "norm_spread", "correlation_rank", "correlation_scale", "trees"),
             *("magnitude_sd", "magnitude_sd_spread", "sparsity", "exclusive_share"),
         )
-        for name in not_negative:
-            value = getattr(self, name)
-            require(
-                value is None or value >= 0,
-                f"world.{name}",
-                "must not be negative",
-                value,
-                "Give 0 or more, or leave it out.",
-            )
+        require_not_negative("world", self, "Give 0 or more, or leave it out.", *not_negative)
         for name in ("rarest", "commonest", "exclusive_share", "importance"):
             value = getattr(self, name)
             require(

@@ -108,4 +108,6 @@ class AdamState:
 
 def _scalar_like(x: Tensor, number: float | Tensor) -> Tensor:
     """Return a number in float32 beside x; filled in there, as a GPU would wait for a copy."""
-    return number.float() if isinstance(number, Tensor) else x.new_full((), number).float()
+    if isinstance(number, Tensor):
+        return number.float()
+    return x.new_full((), number, dtype=torch.float32)
